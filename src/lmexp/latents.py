@@ -1,0 +1,97 @@
+"""The style space W: its statistics, and where a projection starts in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmexp.generators.protocol import Generator
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Moments of W, from samples of the mapping network.
+
+    Attributes:
+        samples: [S, w_dim], mapped standard-normal z.
+        w_avg: [w_dim], their mean.
+        w_std: √(Σ ‖w − w_avg‖² / S), the scale of the exploration noise. It is the
+            standard deviation of the whole vector, not of one component (StyleGAN2,
+            arXiv 1912.04958, appendix D).
+    """
+
+    samples: Tensor
+    w_avg: Tensor
+    w_std: float
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The optimised variables of a batch; row k belongs to job k.
+
+    Attributes:
+        ws: [N, L, w_dim] with L = 1 in W and L = num_ws in W+.
+        noise_bufs: one [N, 1, h, w] per noise map of the generator.
+    """
+
+    ws: Tensor
+    noise_bufs: tuple[Tensor, ...]
+
+
+def measure(generator: Generator, samples: int, seed: int, device: torch.device) -> LatentStatistics:
+    """Draw `samples` z with `seed` (on the CPU, so that every device sees the same) and map them."""
+    draw = torch.Generator().manual_seed(seed)
+    z = torch.randn(samples, generator.z_dim, generator=draw)
+    with torch.no_grad():
+        w = torch.cat([generator.mapping(part.to(device)) for part in z.split(2048)])
+    w_avg = w.mean(0)
+    w_std = float((w.double() - w_avg.double()).square().sum(1).mean().sqrt())
+    return LatentStatistics(samples=w, w_avg=w_avg, w_std=w_std)
+
+
+def derive_seed(seed: int, *purpose: int | str) -> int:
+    """A seed for one purpose (and step) of one job, independent of every other.
+
+    Each draw has its own generator, so a job's random numbers depend neither on the
+    batch it is in nor on how often it was stopped and resumed.
+    """
+    text = repr((seed, *purpose)).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def draw_normal(shape: Sequence[int], seed: int, *purpose: int | str) -> Tensor:
+    """Standard-normal draw on the CPU from `derive_seed(seed, *purpose)`."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, *purpose))
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def start_at_mean(
+    generator: Generator,
+    statistics: LatentStatistics,
+    *,
+    space: str,
+    seeds: Sequence[int],
+    device: torch.device,
+) -> Latents:
+    """w_avg in every row, and unit normal noise maps from each job's own seed.
+
+    Args:
+        space: "w" for one style vector per image, "w_plus" for one per layer.
+        seeds: one per job.
+    """
+    rows = 1 if space == "w" else generator.num_ws
+    ws = statistics.w_avg.to(device).expand(len(seeds), rows, -1).clone()
+    noise_bufs = tuple(
+        torch.stack([draw_normal((1, *shape), seed, "noise", index) for seed in seeds]).to(device)
+        for index, shape in enumerate(generator.noise_shapes)
+    )
+    return Latents(ws=ws, noise_bufs=noise_bufs)
+
+
+def expand(ws: Tensor, num_ws: int) -> Tensor:
+    """[N, 1 or num_ws, w_dim] -> [N, num_ws, w_dim]."""
+    return ws.expand(-1, num_ws, -1)
