@@ -1,0 +1,5 @@
+"""`python -m lmexp`."""
+
+from lmexp.cli import main
+
+main()

@@ -1,0 +1,48 @@
+"""The command line: compose a config with Hydra and hand it to the runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from lmexp.composition import conf_folder, explain
+from lmexp.config import validate
+from lmexp.errors import LmexpError
+from lmexp.launching.batch_launcher import BatchLauncher
+from lmexp.report import exit_code, print_outcomes
+from lmexp.runner import Request, run
+
+
+def main() -> None:
+    """Entry point; ends the process with 0, 1 (a job failed), 2 (bad input) or 130 (stopped)."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("lmexp").setLevel(logging.INFO)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line is ours to write
+    Plugins.instance().register(BatchLauncher)
+    decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+    try:
+        decorate(_run_one)()
+    except LmexpError as error:
+        _stop(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        _stop(explain(error))
+
+
+def _run_one(composed: DictConfig) -> None:
+    config = validate(composed)
+    outcomes = run([Request(config)], Path(config.output_dir))
+    print_outcomes(outcomes)
+    sys.exit(exit_code(outcomes))
+
+
+def _stop(line: str) -> None:
+    print(f"lmexp: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,271 @@
+"""The typed schema: every key of a composed config, its unit, its default, its check.
+
+Hydra composes plain YAML; `validate` turns it into these models or stops with one line
+that names the key and the choices. A component (`_target_` plus keywords) is checked
+against its class's own signature, so a new class needs no entry here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import typing
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
+
+from lmexp.errors import LmexpError
+
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Schema(BaseModel):
+    """No unknown keys, no silent conversions, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class Component(BaseModel):
+    """A class and the keywords of its constructor, both from a yaml."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    target: str = Field(alias="_target_")
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _check_keywords(self) -> Component:
+        _signature_model(self.target).model_validate_json(json.dumps(self.keywords))
+        return self
+
+    def build(self) -> Any:
+        """Construct the object; raises what its constructor raises."""
+        checked = _signature_model(self.target).model_validate_json(json.dumps(self.keywords))
+        values = {name: getattr(checked, name) for name in type(checked).model_fields}
+        return _resolve(self.target)(**values)
+
+
+class LandmarkWeights(Schema):
+    """λ_landmark, one weight ≥ 0 per landmark group; see `lmexp.landmarks.groups`."""
+
+    jaw: NonNegative
+    left_eyebrow: NonNegative
+    right_eyebrow: NonNegative
+    nose_bridge: NonNegative
+    lower_nose: NonNegative
+    left_eye: NonNegative
+    right_eye: NonNegative
+    outer_lip: NonNegative
+    inner_lip: NonNegative
+
+
+class Optimizer(Schema):
+    """Adam and its ramps; see `lmexp.schedule.Schedule` for the shapes."""
+
+    steps: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    rampup: Fraction
+    rampdown: Fraction
+    noise_factor: NonNegative
+    noise_ramp: Fraction
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+
+
+class Latent(Schema):
+    """Which space is searched, and from where."""
+
+    space: Literal["w", "w_plus"]
+    start: Literal["mean", "inversion"]
+    samples: Annotated[int, Field(ge=2)]
+    """Draws of the mapping network for w_avg, w_std and the prior."""
+    samples_seed: int
+    inversion: Optimizer
+    """How the look is inverted first; read when `start` is `inversion`."""
+
+
+class Hardware(Schema):
+    """Where and how wide to compute; never part of a run's identity."""
+
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+    batch_size: Annotated[int, Field(ge=1)]
+    """Jobs of a sweep projected at once."""
+    threads: Annotated[int, Field(ge=1)] | None
+    """CPU threads; None leaves the choice to torch."""
+    channels_last: bool
+
+
+class Inputs(Schema):
+    """The two photos: a path, `sample:astronaut`, or `generated:SEED` for a face of the generator."""
+
+    look: Annotated[str, Field(min_length=1)]
+    expression: Annotated[str, Field(min_length=1)]
+    face: Annotated[int, Field(ge=0)] | tuple[int | None, int | None] | None
+    """Which face of a photo with several, 0 the largest; one number or [look, expression]."""
+
+    def face_of(self, role: Literal["look", "expression"]) -> int | None:
+        if isinstance(self.face, tuple):
+            return self.face[0 if role == "look" else 1]
+        return self.face
+
+
+class Recording(Schema):
+    """What is kept of the way to the result."""
+
+    video_frames: Annotated[int, Field(ge=0)]
+    """Frames of proj.mp4, spread evenly over the steps; 0 for no video."""
+    image_every: Annotated[int, Field(ge=0)]
+    """Steps between images sent to the tracker; 0 for the final ones only."""
+    save_every_seconds: Annotated[float, Field(gt=0)]
+    """Time between saves of the state from which a killed run goes on."""
+
+
+class Experiment(Schema):
+    """A whole config, resolved and checked."""
+
+    generator: Component
+    landmarks: Component
+    detector: Component
+    loss: dict[str, Component]
+    landmark_weights: LandmarkWeights
+    latent: Latent
+    optimizer: Optimizer
+    hardware: Hardware
+    inputs: Inputs
+    recording: Recording
+    tracker: Component
+    figure: dict[str, Component]
+    seed: Annotated[int, Field(ge=0)]
+    output_dir: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _needs_a_loss(self) -> Experiment:
+        if not any(term.keywords.get("weight", 1) > 0 for term in self.loss.values()):
+            raise ValueError("loss: every term has weight 0, so there is nothing to optimise")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, keys in a fixed order, ready for YAML or JSON."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def identity(self, photo_digests: Mapping[str, str]) -> str:
+        """The hash that names the run: what the result depends on, and nothing else.
+
+        Device, tracker, figures, recording and paths are left out; photos count by their
+        content.
+        """
+        plain = self.plain()
+        for key in ("hardware", "tracker", "figure", "recording", "output_dir"):
+            del plain[key]
+        plain["inputs"] |= dict(photo_digests)
+        return digest(plain)[:12]
+
+    def batch_key(self) -> str:
+        """Equal for jobs that one batch can hold: they differ only in photos, seed and weights."""
+        plain = self.plain()
+        for key in ("landmark_weights", "inputs", "seed", "figure"):
+            del plain[key]
+        # A term that is off for one job and on for another is a matter of weight alone.
+        for term in plain["loss"].values():
+            term.pop("weight", None)
+        return digest(plain)
+
+
+def digest(plain: Any) -> str:
+    """SHA-256 of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def validate(composed: DictConfig) -> Experiment:
+    """Check a composed config; raises `LmexpError` with one line on the first fault."""
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise LmexpError(f"config: {str(error).splitlines()[0]}") from error
+    assert isinstance(plain, dict)
+    plain.pop("hydra", None)
+    try:
+        return Experiment.model_validate_json(json.dumps(plain))
+    except ValidationError as error:
+        raise LmexpError(_explain(error, plain)) from error
+    except (TypeError, ValueError) as error:
+        raise LmexpError(f"config: {error}") from error
+
+
+@cache
+def _resolve(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"_target_ {target!r} cannot be imported: {error}") from error
+
+
+@cache
+def _signature_model(target: str) -> type[BaseModel]:
+    """A pydantic model of the constructor's keywords."""
+    built = _resolve(target)
+    constructor = built.__init__ if inspect.isclass(built) else built
+    hints = typing.get_type_hints(constructor, include_extras=True)
+    fields: dict[str, Any] = {}
+    for name, parameter in inspect.signature(built).parameters.items():
+        default = ... if parameter.default is inspect.Parameter.empty else parameter.default
+        fields[name] = (hints[name], default)
+    return create_model(f"{built.__name__} keywords", __base__=Schema, **fields)
+
+
+def _explain(error: ValidationError, plain: Mapping[str, Any]) -> str:
+    """One line for the first fault: key, reason, choices, and how many more there are."""
+    first, *others = error.errors()
+    nested = first.get("ctx", {}).get("error")
+    if isinstance(nested, ValidationError):
+        inner = nested.errors()[0]
+        first = {**inner, "loc": (*first["loc"], *inner["loc"])}
+    line = _explain_one(first, plain)
+    return f"{line} (and {len(others)} more)" if others else line
+
+
+def _explain_one(fault: ErrorDetails, plain: Mapping[str, Any]) -> str:
+    location = [str(part) for part in fault["loc"]]
+    key = ".".join(location) or "config"
+    kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        return f"{key}: no such key{suggest(location[-1], _keys_beside(location, plain))}"
+    if kind == "missing":
+        return f"{key}: missing"
+    if kind == "string_pattern_mismatch" and key == "hardware.device":
+        message = "choices: cpu, cuda, cuda:0, cuda:1, …"
+    value = fault.get("input")
+    shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _keys_beside(location: list[str], plain: Mapping[str, Any]) -> list[str]:
+    node: Any = plain
+    for part in location[:-1]:
+        node = node[part]
+    if "_target_" in node:
+        return list(_signature_model(node["_target_"]).model_fields)
+    model: Any = Experiment
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields)
+
+
+def suggest(word: str, choices: list[str]) -> str:
+    """`; did you mean 'x'? choices: …` for a word that is not among `choices`."""
+    close = difflib.get_close_matches(word, choices, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"{hint}; choices: {', '.join(choices)}" if choices else hint

@@ -1,0 +1,67 @@
+"""The weighted sum of a projection's terms, job by job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets, Term
+
+
+@dataclass(frozen=True)
+class Losses:
+    """One step's losses; every tensor is [N], row k job k's own.
+
+    Attributes:
+        raw: each term as it was computed.
+        weighted: each term times its job's weight.
+        total: the sum of the weighted terms, what is minimised.
+    """
+
+    raw: Mapping[str, Tensor]
+    weighted: Mapping[str, Tensor]
+    total: Tensor
+
+
+class Objective:
+    """Terms that are bound to their targets, and each job's weight of each."""
+
+    def __init__(self, terms: Mapping[str, tuple[BoundTerm, Tensor]]) -> None:
+        self._terms = dict(terms)
+
+    @classmethod
+    def bind(
+        cls,
+        terms: Mapping[str, Term],
+        weights: Sequence[Mapping[str, float]],
+        context: Context,
+        targets: Targets,
+    ) -> Objective:
+        """Bind terms to the jobs' targets.
+
+        Args:
+            terms: by name; their own `weight` is not read here.
+            weights: each job's weight of each term. A term whose weight is 0 for every job
+                is left out before it computes anything.
+            targets: row k for job k. Without an expression, the terms that need one are
+                left out too.
+        """
+        bound: dict[str, tuple[BoundTerm, Tensor]] = {}
+        for name, term in terms.items():
+            per_job = torch.tensor([job[name] for job in weights]).to(targets.look)
+            if not per_job.any() or (term.needs_expression and targets.expression is None):
+                continue
+            bound[name] = (term.bind(context, targets), per_job)
+        return cls(bound)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._terms)
+
+    def __call__(self, candidate: Candidate) -> Losses:
+        raw = {name: term(candidate) for name, (term, _) in self._terms.items()}
+        weighted = {name: raw[name] * weight for name, (_, weight) in self._terms.items()}
+        return Losses(raw=raw, weighted=weighted, total=torch.stack(list(weighted.values())).sum(0))

@@ -1,0 +1,202 @@
+"""The inner loop: optimise latents until their images have the look and the expression.
+
+Batch-first: N jobs run at once and are strangers to each other. Each owns its parameters,
+its Adam moments and its random draws, so job k alone gives what job k gives in a batch.
+Source: the projector of StyleGAN2 (arXiv 1912.04958, appendix D) with the landmark term
+of L. Uzolas, "Facial landmark projection without training" (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmexp.errors import LmexpError
+from lmexp.latents import Latents, LatentStatistics, draw_normal, expand
+from lmexp.losses.objective import Losses, Objective
+from lmexp.losses.protocol import Candidate, Context
+from lmexp.schedule import Schedule
+
+State = dict[str, Tensor]
+"""One job's parameters and Adam moments, all that a resumed run needs beside the step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the callback is told after each optimisation step.
+
+    Attributes:
+        step: 0-based index of the step that was just taken.
+        learning_rate: the one it was taken with.
+        losses: of the images before the step was taken.
+        candidate: those images and latents, detached from nothing: do not keep it.
+        alive: per job, False once its losses or gradients have stopped being finite. A
+            dead job stays at its last good latents and takes no further step.
+        states: gives job k's `State` after the step, on demand, as copies.
+    """
+
+    step: int
+    learning_rate: float
+    losses: Losses
+    candidate: Candidate
+    alive: tuple[bool, ...]
+    states: Callable[[int], State]
+
+
+def project(
+    context: Context,
+    objective: Objective,
+    start: Latents,
+    schedule: Schedule,
+    *,
+    seeds: Sequence[int],
+    first_step: int = 0,
+    resume: Sequence[State] | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Latents:
+    """Minimise `objective` over the latents and the generator's noise maps.
+
+    Args:
+        start: where row k starts; ws [N, 1, w_dim] searches W, [N, num_ws, w_dim] W+.
+        seeds: one per job; step t's exploration noise derives from (seed, t) alone.
+        first_step: the step to go on from, with `resume` holding each job's state.
+        callback: called after every step; an exception it raises ends the projection.
+
+    Returns:
+        The latents after the last step, [N, ...] as `start`.
+    """
+    jobs = [_Job(start, k, schedule, resume[k] if resume else None) for k in range(len(seeds))]
+    optimizer = torch.optim.Adam(
+        [{"params": job.parameters} for job in jobs],
+        lr=schedule.learning_rate,
+        betas=(schedule.beta1, schedule.beta2),
+        foreach=True,
+    )
+    for job in jobs:
+        job.restore_moments(optimizer)
+    alive = [True] * len(jobs)
+
+    for step in range(first_step, schedule.steps):
+        learning_rate = schedule.learning_rate_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+
+        latents = _stack(jobs)
+        noise = torch.stack([draw_normal(job.ws.shape, seed, "w", step) for job, seed in zip(jobs, seeds, strict=True)])
+        scale = schedule.noise_at(step) * context.latent_statistics.w_std
+        ws = expand(latents.ws + scale * noise.to(latents.ws), context.generator.num_ws)
+        candidate = Candidate(
+            images=context.generator.synthesis(ws, latents.noise_bufs),
+            ws=expand(latents.ws, context.generator.num_ws),
+            noise_bufs=latents.noise_bufs,
+            step=step,
+            heatmap_network=context.heatmap_network,
+        )
+        losses = objective(candidate)
+        if not losses.total.requires_grad:
+            raise LmexpError(f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised")
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.sum().backward()  # type: ignore[no-untyped-call]
+
+        finite = _finite(losses.total, jobs)
+        for k, job in enumerate(jobs):
+            if alive[k] and not finite[k]:
+                alive[k] = False
+                job.return_to_last_good()
+            if alive[k]:
+                job.remember()
+            else:
+                job.forget_gradients()  # Adam passes over parameters without a gradient
+        optimizer.step()
+        for job in jobs:
+            job.normalise_noise()
+        if callback is not None:
+            callback(Step(step, learning_rate, losses, candidate, tuple(alive), lambda k: jobs[k].state(optimizer)))
+        if not any(alive):
+            break
+
+    with torch.no_grad():
+        return _stack(jobs)
+
+
+class _Job:
+    """One job's own parameters: its latents and its noise maps."""
+
+    def __init__(self, start: Latents, k: int, schedule: Schedule, resume: State | None) -> None:
+        values = [start.ws[k], *(noise[k] for noise in start.noise_bufs)]
+        if resume is not None:
+            values = [resume[f"parameter_{i}"].to(value) for i, value in enumerate(values)]
+        self.parameters = [value.detach().clone().requires_grad_() for value in values]
+        self._resume = resume
+        self._last_good = [parameter.detach().clone() for parameter in self.parameters]
+
+    @property
+    def ws(self) -> Tensor:
+        return self.parameters[0]
+
+    @property
+    def noise_maps(self) -> list[Tensor]:
+        return self.parameters[1:]
+
+    def restore_moments(self, optimizer: torch.optim.Adam) -> None:
+        if self._resume is None:
+            return
+        for i, parameter in enumerate(self.parameters):
+            names = ("exp_avg", "exp_avg_sq", "step")
+            moments = {name: self._resume[f"{name}_{i}"].clone() for name in names}
+            optimizer.state[parameter] = {
+                name: value if name == "step" else value.to(parameter)
+                for name, value in moments.items()
+            }
+        self._resume = None
+
+    def state(self, optimizer: torch.optim.Adam) -> State:
+        state: State = {}
+        for i, parameter in enumerate(self.parameters):
+            state[f"parameter_{i}"] = parameter.detach().cpu().clone()
+            for name, value in optimizer.state[parameter].items():
+                state[f"{name}_{i}"] = value.detach().cpu().clone()
+        return state
+
+    def remember(self) -> None:
+        with torch.no_grad():
+            for kept, parameter in zip(self._last_good, self.parameters, strict=True):
+                kept.copy_(parameter)
+
+    def return_to_last_good(self) -> None:
+        with torch.no_grad():
+            for kept, parameter in zip(self._last_good, self.parameters, strict=True):
+                parameter.copy_(kept)
+
+    def forget_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def normalise_noise(self) -> None:
+        """Zero mean and unit variance, so that the noise stays noise (appendix D)."""
+        with torch.no_grad():
+            for noise in self.noise_maps:
+                noise -= noise.mean()
+                noise *= noise.square().mean().rsqrt()
+
+
+def _stack(jobs: Sequence[_Job]) -> Latents:
+    """The jobs' parameters as one batch."""
+    rows = list(zip(*(job.parameters for job in jobs), strict=True))
+    ws, *noise_bufs = (torch.stack(parameters) for parameters in rows)
+    return Latents(ws=ws, noise_bufs=tuple(noise_bufs))
+
+
+def _finite(total: Tensor, jobs: Sequence[_Job]) -> list[bool]:
+    """Per job: are its loss and all its gradients finite? One transfer from the device."""
+    gradients = torch.stack(
+        [
+            torch.stack([p.grad.sum() for p in job.parameters if p.grad is not None]).sum()
+            for job in jobs
+        ]
+    )
+    answer: list[bool] = (torch.isfinite(total) & torch.isfinite(gradients)).tolist()
+    return answer

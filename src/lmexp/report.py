@@ -1,0 +1,78 @@
+"""What a run says at its end: in words, what happened and where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lmexp.runner import Outcome
+
+COMMAND_TO_GO_ON = "run the same command again to go on"
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 if every job has its result, 130 if somebody stopped them, 1 if one failed."""
+    states = {outcome.state for outcome in outcomes}
+    if "interrupted" in states:
+        return 130
+    return 1 if "failed" in states else 0
+
+
+def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None) -> None:
+    """Print one job's result in sentences, a sweep's as a table."""
+    console = Console(soft_wrap=True, highlight=False)
+    if len(outcomes) == 1 and sweep_folder is None:
+        console.print(_tell(outcomes[0]), markup=False)
+        return
+    table = Table(title=f"{len(outcomes)} jobs", title_justify="left")
+    for column in ("job", "state", "mouth NME", "all NME", "where"):
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        table.add_row(
+            " ".join(outcome.request.overrides) or "–",
+            outcome.state + (f": {outcome.reason}" if outcome.reason else ""),
+            *_errors(outcome),
+            outcome.folder.name if outcome.folder else "–",
+        )
+    console.print(table)
+    counts = {state: sum(o.state == state for o in outcomes) for state in ("finished", "skipped", "failed", "interrupted")}
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+    console.print(f"{said}. Everything is in {sweep_folder}", markup=False)
+    if counts["failed"] or counts["interrupted"]:
+        console.print(f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished.")
+
+
+def _errors(outcome: Outcome) -> tuple[str, str]:
+    if outcome.summary is None:
+        return "–", "–"
+    errors = outcome.summary["nme"]
+    mouth = (errors["outer_lip"] * 12 + errors["inner_lip"] * 8) / 20
+    return f"{mouth:.2f} %", f"{errors['all']:.2f} %"
+
+
+def _tell(outcome: Outcome) -> str:
+    folder = outcome.folder
+    if outcome.state == "failed":
+        where = f"\nWhat was saved is in {folder}" if folder and folder.exists() else ""
+        return f"Failed: {outcome.reason}{where}"
+    if outcome.state == "interrupted":
+        return f"Stopped: {outcome.reason}\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
+    assert folder is not None and outcome.summary is not None
+    mouth, everything = _errors(outcome)
+    before = (
+        f"This very run was finished before, so nothing was computed (delete {folder} to repeat it).\n"
+        if outcome.state == "skipped"
+        else ""
+    )
+    lines = [
+        f"{before}The face of {outcome.summary['label'].replace('+', ' with the expression of ')} is done: "
+        f"its landmarks are {everything} of the eye distance from the expression's ({mouth} at the mouth).",
+        f"  picture     {folder / 'proj.png'}",
+        f"  video       {folder / 'proj.mp4'}",
+        f"  figures     {folder / 'figures'}",
+        f"  numbers     {folder / 'summary.json'}, step by step in {folder / 'metrics.jsonl'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,607 @@
+"""Build, project, record: one job, or the jobs of a sweep.
+
+The only reader of the config. Jobs that differ in photos, seed and weights alone are
+projected as one batch; every job keeps a folder of its own, and one job's failure leaves
+the others alone. The same jobs again finish what is unfinished and skip what is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmexp import inputs
+from lmexp.config import Experiment, Optimizer, digest
+from lmexp.errors import LmexpError
+from lmexp.faces.targets import AlignedFace, align_photo
+from lmexp.inputs import Source
+from lmexp.landmarks import groups
+from lmexp.landmarks.decoding import decode
+from lmexp.latents import Latents, expand, start_at_mean
+from lmexp.losses.objective import Objective
+from lmexp.losses.protocol import Context, Targets
+from lmexp.metrics.nme import nme
+from lmexp.projection import State, Step, project
+from lmexp.recording import provenance
+from lmexp.recording.images import to_picture
+from lmexp.recording.progress import ProgressBar, job_title
+from lmexp.recording.recorder import Recorder
+from lmexp.recording.run_folder import RunFolder
+from lmexp.recording.state import load_state, save_state
+from lmexp.recording.tracker import Job as TrackedJob
+from lmexp.recording.tracker import Tracker
+from lmexp.schedule import Schedule
+from lmexp.stopping import StopRequest, listen
+from lmexp.workbench import Workbench
+
+log = logging.getLogger("lmexp")
+TRUNCATION = 0.7
+"""ψ of generated input faces: nearer to the mean, hence cleaner (arXiv 1812.04948, appendix B)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One job as it was asked for: its config, and the overrides that tell it from others."""
+
+    config: Experiment
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one job.
+
+    Attributes:
+        state: "skipped" if an earlier run had finished it.
+        reason: why it failed or was interrupted, else empty.
+        folder: None if the job could not even be named (a missing photo, say).
+    """
+
+    request: Request
+    state: Literal["finished", "skipped", "failed", "interrupted"]
+    folder: Path | None = None
+    reason: str = ""
+    summary: dict[str, Any] | None = None
+
+
+class Interrupted(Exception):
+    """The user asked to stop; states are saved."""
+
+
+@dataclass
+class _Job:
+    """A job on its way: what it was asked for, its folder, its aligned faces."""
+
+    request: Request
+    look: Source
+    expression: Source
+    run_id: str
+    folder: Path
+    recorder: Recorder
+    faces: tuple[AlignedFace, AlignedFace] | None = None
+    first_step: int = 0
+    state: State | None = None
+
+    @property
+    def config(self) -> Experiment:
+        return self.request.config
+
+    @property
+    def label(self) -> str:
+        return f"{self.look.label}+{self.expression.label}"
+
+
+def run(requests: Sequence[Request], root: Path, sweep: str | None = None) -> list[Outcome]:
+    """Run jobs to their end.
+
+    Args:
+        requests: any mixture; hardware and tracker are the first one's.
+        root: where the run folders are made.
+        sweep: name that groups the jobs in the tracker; None for a single run.
+
+    Returns:
+        One outcome per request, in their order.
+
+    Raises:
+        LmexpError: the hardware or a component that all jobs need cannot be had.
+    """
+    first = requests[0].config
+    tracker: Tracker = first.tracker.build()
+    session = _Session(Workbench(first.hardware), tracker, root, sweep, len(requests))
+    with listen() as stop:
+        session.stop = stop
+        return session.run(requests)
+
+
+class _Session:
+    """One call of `run`: what its jobs share."""
+
+    stop: StopRequest
+
+    def __init__(
+        self, bench: Workbench, tracker: Tracker, root: Path, sweep: str | None, total: int
+    ) -> None:
+        self.bench = bench
+        self.tracker = tracker
+        self.root = root
+        self.sweep = sweep
+        self.total = total
+        self.git = provenance.describe_git()
+        self.outcomes: dict[int, Outcome] = {}
+        self.done = 0
+
+    def run(self, requests: Sequence[Request]) -> list[Outcome]:
+        batches: dict[str, list[tuple[int, _Job]]] = defaultdict(list)
+        seen: dict[str, int] = {}
+        for index, request in enumerate(requests):
+            try:
+                job = self._open(request)
+            except LmexpError as error:
+                self.outcomes[index] = Outcome(request, "failed", reason=str(error))
+                continue
+            if job.run_id in seen:
+                seen_at = seen[job.run_id]
+                log.info("job %d is the same as job %d; it runs once", index + 1, seen_at + 1)
+                continue
+            seen[job.run_id] = index
+            if self._finished(job):
+                summary = RunFolder(job.folder).read_summary()
+                self.outcomes[index] = Outcome(request, "skipped", job.folder, summary=summary)
+                self.done += 1
+                continue
+            batches[f"{job.config.batch_key()}@{job.first_step}"].append((index, job))
+        for members in batches.values():
+            size = members[0][1].config.hardware.batch_size
+            for start in range(0, len(members), size):
+                self._run_batch(members[start : start + size])
+        for index, request in enumerate(requests):
+            if index not in self.outcomes:
+                twin = self.outcomes[seen[self._open(request).run_id]]
+                self.outcomes[index] = replace(twin, request=request)
+        return [self.outcomes[index] for index in range(len(requests))]
+
+    # -- one job --------------------------------------------------------------------------
+
+    def _open(self, request: Request) -> _Job:
+        config = request.config
+        look = inputs.find(config.inputs.look, "inputs.look")
+        expression = inputs.find(config.inputs.expression, "inputs.expression")
+        run_id = config.identity({"look": look.digest, "expression": expression.digest})
+        folder = self.root / f"{look.label}+{expression.label}-{run_id}"
+        recorder = Recorder(
+            TrackedJob(
+                folder=folder,
+                run_id=run_id,
+                label=f"{look.label}+{expression.label}",
+                group=self.sweep,
+                config=config.plain(),
+            ),
+            self.tracker,
+            steps=config.optimizer.steps,
+            image_every=config.recording.image_every,
+            video_frames=config.recording.video_frames,
+        )
+        job = _Job(request, look, expression, run_id, folder, recorder)
+        try:
+            saved = recorder.load_state()
+        except LmexpError as error:
+            log.warning("%s; the job starts again from its first step", error)
+            saved = None
+        if saved is not None:
+            job.first_step, state = saved
+            job.state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return job
+
+    def _finished(self, job: _Job) -> bool:
+        status = RunFolder(job.folder).read_status()
+        return status is not None and status.state == "finished"
+
+    # -- one batch ------------------------------------------------------------------------
+
+    def _run_batch(self, members: Sequence[tuple[int, _Job]]) -> None:
+        """Project jobs together; on lack of memory, in two halves."""
+        if self.stop.requested:
+            for index, job in members:
+                self.outcomes[index] = Outcome(
+                    job.request, "interrupted", job.folder, "not started: stopped before its turn"
+                )
+            return
+        try:
+            context = self.bench.context(members[0][1].config)
+            ready = list(self._align(members, context))
+            if ready:
+                self._project(ready, context)
+        except Interrupted:
+            for index, job in members:
+                if index not in self.outcomes:
+                    self.outcomes[index] = Outcome(
+                        job.request, "interrupted", job.folder, "stopped while its look was inverted"
+                    )
+        except torch.cuda.OutOfMemoryError:
+            left = [(index, job) for index, job in members if index not in self.outcomes]
+            if len(left) == 1:
+                index, job = left[0]
+                self._fail(index, job, "the GPU has too little memory for a single job")
+                return
+            torch.cuda.empty_cache()
+            half = (len(left) + 1) // 2
+            log.warning("the GPU's memory does not hold %d jobs; going on with %d", len(left), half)
+            self._run_batch(left[:half])
+            self._run_batch(left[half:])
+
+    def _fail(self, index: int, job: _Job, reason: str, step: int = 0) -> None:
+        job.recorder.fail(reason, step=step)
+        self.outcomes[index] = Outcome(job.request, "failed", job.folder, reason)
+
+    def _align(
+        self, members: Sequence[tuple[int, _Job]], context: Context
+    ) -> Iterator[tuple[int, _Job]]:
+        for index, job in members:
+            try:
+                look = self._face(job.config, job.look, "look", context)
+                expression = self._face(job.config, job.expression, "expression", context)
+            except LmexpError as error:
+                self._fail(index, job, str(error))
+                continue
+            job.faces = (look, expression)
+            yield index, job
+
+    def _face(
+        self,
+        config: Experiment,
+        source: Source,
+        role: Literal["look", "expression"],
+        context: Context,
+    ) -> AlignedFace:
+        side = context.generator.resolution
+        if source.path is None:
+            return self._generated_face(source, context)
+        face = align_photo(
+            source.path,
+            detector=self.bench.component(config.detector),
+            network=context.heatmap_network,
+            side=side,
+            face=config.inputs.face_of(role),
+            device=self.bench.device,
+        )
+        for warning in face.warnings:
+            log.warning("inputs.%s: %s", role, warning)
+        return face
+
+    def _generated_face(self, source: Source, context: Context) -> AlignedFace:
+        """A face of the generator: aligned by construction."""
+        assert source.seed is not None
+        generator, w_avg = context.generator, context.latent_statistics.w_avg
+        with torch.no_grad():
+            w = generator.mapping(inputs.draw_z(source.seed, generator.z_dim).to(w_avg))
+            w = w_avg + TRUNCATION * (w - w_avg)
+            image = generator.synthesis(expand(w[:, None], generator.num_ws))
+            landmarks = decode(context.heatmap_network(image), generator.resolution)
+        return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
+
+    # -- the stages -----------------------------------------------------------------------
+
+    def _project(self, members: Sequence[tuple[int, _Job]], context: Context) -> None:
+        jobs = [job for _, job in members]
+        config = jobs[0].config
+        began = time.monotonic()
+        targets = self._targets(jobs)
+        start, inversions = self._start(jobs, context, targets)
+        for k, job in enumerate(jobs):
+            job.recorder.start(
+                look=targets.look[k],
+                expression=_row(targets.expression, k),
+                look_landmarks=targets.look_landmarks[k],
+                expression_landmarks=_row(targets.expression_landmarks, k),
+                first_step=job.first_step,
+                diff=self.git.diff if self.git else "",
+            )
+            if inversions is not None:
+                RunFolder(job.folder).write_picture("inversion", to_picture(inversions[k]))
+        objective = self._objective(jobs, context, targets)
+        states = [job.state for job in jobs]
+        resume = None if None in states else [state for state in states if state is not None]
+        title = job_title(self.done + 1, len(jobs), self.total)
+        with ProgressBar(
+            config.optimizer.steps, first_step=jobs[0].first_step, title=title
+        ) as bar:
+            follow = _Follower(members, self, bar)
+            final = project(
+                context,
+                objective,
+                start,
+                _schedule(config.optimizer),
+                seeds=[job.config.seed for job in jobs],
+                first_step=jobs[0].first_step,
+                resume=resume,
+                callback=follow,
+            )
+        self._finish(members, context, targets, final, follow, began)
+
+    def _finish(
+        self,
+        members: Sequence[tuple[int, _Job]],
+        context: Context,
+        targets: Targets,
+        final: Latents,
+        follow: _Follower,
+        began: float,
+    ) -> None:
+        generator = context.generator
+        for k, (index, job) in enumerate(members):
+            self.done += 1
+            if index in self.outcomes:  # it failed on the way
+                continue
+            ws = expand(final.ws[k : k + 1], generator.num_ws)
+            noise_bufs = tuple(noise[k : k + 1] for noise in final.noise_bufs)
+            with torch.no_grad():
+                image = generator.synthesis(ws, noise_bufs)
+                landmarks = decode(context.heatmap_network(image), generator.resolution)
+            errors = nme(landmarks, _row(targets.expression_landmarks, k)[None])
+            summary = {
+                "label": job.label,
+                "overrides": list(job.request.overrides),
+                "config_hash": job.run_id,
+                "steps": job.config.optimizer.steps,
+                "seed": job.config.seed,
+                "losses": follow.last_losses(k),
+                "nme": {group: float(value) for group, value in errors.items()},
+                "nme_judge": "the landmark network that was optimised against",
+                # The batch's wall clock: a job's own share of a batch cannot be measured.
+                "seconds": time.monotonic() - began,
+                "batch_size": len(members),
+                "device": provenance.describe_device(self.bench.device),
+                "versions": provenance.describe_versions(),
+                "git": self.git.as_dict() if self.git else None,
+                "weights_sha256": {
+                    "generator": generator.weights_sha256,
+                    "landmarks": context.heatmap_network.weights_sha256,
+                },
+            }
+            job.recorder.finish(
+                image=image[0],
+                landmarks=landmarks[0],
+                ws=ws[0],
+                noise_bufs=[noise[0] for noise in noise_bufs],
+                summary=summary,
+            )
+            self.outcomes[index] = Outcome(
+                job.request, "finished", job.folder, summary=summary
+            )
+
+    def _targets(self, jobs: Sequence[_Job]) -> Targets:
+        faces = [job.faces for job in jobs if job.faces is not None]
+        looks, expressions = [pair[0] for pair in faces], [pair[1] for pair in faces]
+        device = self.bench.device
+        weights = [groups.expand(job.config.landmark_weights.model_dump()) for job in jobs]
+        return Targets(
+            look=torch.stack([face.tensor() for face in looks]).to(device),
+            look_landmarks=torch.stack([face.landmarks_tensor() for face in looks]).to(device),
+            expression=torch.stack([face.tensor() for face in expressions]).to(device),
+            expression_landmarks=torch.stack(
+                [face.landmarks_tensor() for face in expressions]
+            ).to(device),
+            landmark_weights=torch.stack(weights).to(device),
+        )
+
+    def _objective(self, jobs: Sequence[_Job], context: Context, targets: Targets) -> Objective:
+        terms = self.bench.terms(jobs[0].config)
+        weights = [
+            {name: job.config.loss[name].keywords.get("weight", term.weight) for name, term in terms.items()}
+            for job in jobs
+        ]
+        return Objective.bind(terms, weights, context, targets)
+
+    def _start(
+        self, jobs: Sequence[_Job], context: Context, targets: Targets
+    ) -> tuple[Latents, Tensor | None]:
+        """Where each job starts, and the inversions' images [N, 3, R, R] if it starts there."""
+        config = jobs[0].config
+        mean = start_at_mean(
+            context.generator,
+            context.latent_statistics,
+            space=config.latent.space,
+            seeds=[job.config.seed for job in jobs],
+            device=self.bench.device,
+        )
+        if config.latent.start == "mean":
+            return mean, None
+        keys = [self._inversion_key(job) for job in jobs]
+        firsts = {key: keys.index(key) for key in dict.fromkeys(keys)}
+        stored = {key: self._inversion_file(key) for key in firsts}
+        missing = [k for key, k in firsts.items() if not stored[key].exists()]
+        if missing:
+            self._invert([jobs[k] for k in missing], missing, mean, context, targets, stored, keys)
+        rows = [load_state(stored[key], self.bench.device) for key in keys]
+        ws = torch.stack([_tensor(row["parameter_0"]) for row in rows])
+        noise_bufs = tuple(
+            torch.stack([_tensor(row[f"parameter_{i + 1}"]) for row in rows])
+            for i in range(len(mean.noise_bufs))
+        )
+        with torch.no_grad():
+            images = torch.cat(
+                [
+                    context.generator.synthesis(
+                        expand(ws[k : k + 1], context.generator.num_ws),
+                        tuple(noise[k : k + 1] for noise in noise_bufs),
+                    )
+                    for k in range(len(jobs))
+                ]
+            )
+        return Latents(ws=ws, noise_bufs=noise_bufs), images
+
+    def _inversion_key(self, job: _Job) -> str:
+        """Equal for jobs whose looks are inverted in the same way: one inversion serves them."""
+        plain = job.config.plain()
+        terms = self.bench.terms(job.config)
+        used = {name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression}
+        parts = [plain["generator"], plain["latent"], used, job.config.seed, job.look.digest]
+        return digest([*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")])
+
+    def _inversion_file(self, key: str) -> Path:
+        return self.root / ".inversions" / f"{key[:24]}.safetensors"
+
+    def _invert(
+        self,
+        jobs: Sequence[_Job],
+        rows: Sequence[int],
+        mean: Latents,
+        context: Context,
+        targets: Targets,
+        stored: dict[str, Path],
+        keys: Sequence[str],
+    ) -> None:
+        """Project onto the looks alone, each from the mean, and store the latents."""
+        looks = Targets(look=targets.look[rows], look_landmarks=targets.look_landmarks[rows])
+        objective = self._objective(jobs, context, looks)
+        if not objective.names:
+            raise LmexpError(
+                "latent.start: inversion needs a loss term of the look with weight > 0, such as lpips"
+            )
+        schedule = _schedule(jobs[0].config.latent.inversion)
+        states: Callable[[int], State] | None = None
+        with ProgressBar(schedule.steps, title="inverting the look") as bar:
+
+            def follow(step: Step) -> None:
+                nonlocal states
+                states = step.states
+                bar.update(step.step, {name: float(v.mean()) for name, v in step.losses.raw.items()})
+                if self.stop.requested:
+                    raise Interrupted
+
+            project(
+                context,
+                objective,
+                Latents(ws=mean.ws[rows], noise_bufs=tuple(n[rows] for n in mean.noise_bufs)),
+                schedule,
+                seeds=[job.config.seed for job in jobs],
+                callback=follow,
+            )
+        assert states is not None
+        for k, row in enumerate(rows):
+            path = stored[keys[row]]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_state(path, states(k))
+
+
+class _Follower:
+    """Hands every step of a batch to its recorders, saves states, answers a request to stop."""
+
+    def __init__(self, members: Sequence[tuple[int, _Job]], session: _Session, bar: ProgressBar) -> None:
+        self._members = members
+        self._session = session
+        self._bar = bar
+        self._saved_at = time.monotonic()
+        self._last: list[dict[str, dict[str, float]]] = [{} for _ in members]
+
+    def last_losses(self, k: int) -> dict[str, dict[str, float]]:
+        """The raw and weighted terms of job k's last step."""
+        return self._last[k]
+
+    def __call__(self, step: Step) -> None:
+        numbers = _read_losses(step)
+        for k, (index, job) in enumerate(self._members):
+            if index in self._session.outcomes:
+                continue
+            raw, weighted, total = numbers[k]
+            if not step.alive[k]:
+                self._bury(index, job, step, k, raw)
+                continue
+            self._last[k] = {"raw": raw, "weighted": weighted, "total": {"loss": total}}
+            self._record(job, step, k, raw, weighted, total)
+        means = {
+            name: sum(job[1][name] for job in numbers) / len(numbers) for name in numbers[0][1]
+        }
+        self._bar.update(step.step, means)
+        self._save_or_stop(step)
+
+    def _record(
+        self,
+        job: _Job,
+        step: Step,
+        k: int,
+        raw: dict[str, float],
+        weighted: dict[str, float],
+        total: float,
+    ) -> None:
+        image = landmarks = None
+        if job.recorder.wants_image(step.step):
+            image = step.candidate.images[k].detach()
+            with torch.no_grad():
+                heatmaps = step.candidate.heatmaps[k : k + 1].detach()
+                landmarks = decode(heatmaps, image.shape[-1])[0]
+        job.recorder.record_step(
+            step.step,
+            lr=step.learning_rate,
+            loss=total,
+            raw=raw,
+            weighted=weighted,
+            image=image,
+            landmarks=landmarks,
+        )
+
+    def _bury(self, index: int, job: _Job, step: Step, k: int, raw: dict[str, float]) -> None:
+        bad = [name for name, value in raw.items() if value != value or abs(value) == float("inf")]
+        what = f"loss term {', '.join(bad)}" if bad else "a gradient"
+        reason = (
+            f"{what} stopped being finite at step {step.step}; the last good state is saved; "
+            "try a smaller optimizer.learning_rate or weight"
+        )
+        job.recorder.fail(reason, step=step.step, state=step.states(k))
+        self._session.outcomes[index] = Outcome(job.request, "failed", job.folder, reason)
+
+    def _save_or_stop(self, step: Step) -> None:
+        stop = self._session.stop.requested
+        every = self._members[0][1].config.recording.save_every_seconds
+        if not stop and time.monotonic() - self._saved_at < every:
+            return
+        for k, (index, job) in enumerate(self._members):
+            if index in self._session.outcomes:
+                continue
+            if stop:
+                job.recorder.interrupt(step=step.step + 1, state=step.states(k))
+                reason = f"stopped after step {step.step + 1}; its state is saved"
+                self._session.outcomes[index] = Outcome(job.request, "interrupted", job.folder, reason)
+            else:
+                job.recorder.save_state(step.step + 1, step.states(k))
+        self._saved_at = time.monotonic()
+        if stop:
+            raise Interrupted
+
+
+def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], float]]:
+    """Per job: raw terms, weighted terms, total; one transfer from the device."""
+    names = list(step.losses.raw)
+    rows = [*step.losses.raw.values(), *step.losses.weighted.values(), step.losses.total]
+    table = torch.stack([row.detach() for row in rows]).T.tolist()
+    count = len(names)
+    return [
+        (
+            dict(zip(names, values[:count], strict=True)),
+            dict(zip(names, values[count:-1], strict=True)),
+            values[-1],
+        )
+        for values in table
+    ]
+
+
+def _schedule(optimizer: Optimizer) -> Schedule:
+    return Schedule(**optimizer.model_dump())
+
+
+def _row(batch: Tensor | None, k: int) -> Tensor:
+    assert batch is not None
+    return batch[k]
+
+
+def _tensor(value: Tensor | bool | int | float | str) -> Tensor:
+    assert isinstance(value, Tensor)
+    return value

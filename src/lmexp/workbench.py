@@ -1,0 +1,75 @@
+"""The frozen objects of experiments, built once and shared by all jobs that need them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmexp.config import Component, Experiment, Hardware, Latent, digest
+from lmexp.errors import LmexpError
+from lmexp.latents import LatentStatistics, measure
+from lmexp.losses.protocol import Context, Term
+
+
+class Workbench:
+    """Builds generators, networks and terms, and keeps them by what they were built from."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.device = _open_device(hardware)
+        self._memory_format = torch.channels_last if hardware.channels_last else torch.contiguous_format
+        self._built: dict[str, Any] = {}
+
+    def context(self, config: Experiment) -> Context:
+        generator = self.module(config.generator)
+        return Context(
+            generator=generator,
+            heatmap_network=self.module(config.landmarks),
+            latent_statistics=self._statistics(config.generator, config.latent),
+        )
+
+    def terms(self, config: Experiment) -> dict[str, Term]:
+        return {name: self.component(spec) for name, spec in config.loss.items()}
+
+    def component(self, spec: Component) -> Any:
+        key = digest(spec.model_dump(mode="json", by_alias=True))
+        if key not in self._built:
+            self._built[key] = spec.build()
+        return self._built[key]
+
+    def module(self, spec: Component) -> Any:
+        """A component that is a `torch.nn.Module`: frozen, in eval mode, on the device."""
+        module = self.component(spec)
+        assert isinstance(module, nn.Module)
+        module.eval().requires_grad_(False)
+        return module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def _statistics(self, generator: Component, latent: Latent) -> LatentStatistics:
+        plain = generator.model_dump(mode="json", by_alias=True)
+        key = digest([plain, latent.samples, latent.samples_seed])
+        if key not in self._built:
+            self._built[key] = measure(
+                self.module(generator), latent.samples, latent.samples_seed, self.device
+            )
+        statistics: LatentStatistics = self._built[key]
+        return statistics
+
+
+def _open_device(hardware: Hardware) -> torch.device:
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    device = torch.device(hardware.device)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise LmexpError(
+                "hardware.device: cuda, but torch sees no CUDA GPU here; use hardware=cpu, or "
+                "install a torch build that matches your driver"
+            )
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise LmexpError(
+                f"hardware.device: cuda:{device.index}, but there are {count} GPUs; "
+                f"choices: {', '.join(f'cuda:{i}' for i in range(count))}"
+            )
+    return device
