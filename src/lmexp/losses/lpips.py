@@ -1,0 +1,171 @@
+"""The perceptual term: distance of deep features between the image and the look photo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lmexp.losses.mask import Region, keep_mask
+from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
+from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+
+
+def normalise(features: Tensor) -> Tensor:
+    """[N, C, h, w] -> the same, each place's vector of channels scaled to length 1.
+
+    A vector of zeros stays one. At least float32, since squares leave half precision.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    # The root of the floor is the 1e-10 of the published code; inside the root it keeps
+    # the gradient at zero finite.
+    return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-20)
+
+
+def feature_distance(
+    features: Sequence[Tensor],
+    target: Sequence[Tensor],
+    channel_weights: Sequence[Tensor],
+    place_weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """LPIPS between layers of activations, per image.
+
+    Σ_layers Σ_places p · Σ_channels c · (normalise(f) - t)², with the places' weights p
+    summing to 1 in each layer (uniform if not given), which is the spatial mean.
+
+    Args:
+        features: one [N, C_l, h_l, w_l] a layer, not normalised.
+        target: the same shapes, normalised.
+        channel_weights: one [C_l] a layer.
+        place_weights: one [N, 1, h_l, w_l] a layer.
+
+    Returns:
+        [N].
+
+    Source: Zhang et al., arXiv 1801.03924, equation 1.
+    """
+    total = features[0].new_zeros(len(features[0]), dtype=target[0].dtype)
+    for layer, (now, wanted, channels) in enumerate(
+        zip(features, target, channel_weights, strict=True)
+    ):
+        squares = (normalise(now) - wanted).square()
+        # As a 1×1 convolution it is one pass over memory instead of two.
+        distance = F.conv2d(squares, channels.to(squares.dtype)[None, :, None, None])
+        if place_weights is None:
+            total = total + distance.mean((1, 2, 3))
+        else:
+            total = total + (distance * place_weights[layer]).sum((1, 2, 3))
+    return total
+
+
+def spread(keep: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
+    """A mask as weights of the places of each layer, summing to 1 per image.
+
+    Args:
+        keep: [N, 1, s, s] ≥ 0. Where it is 0 everywhere, so are the weights.
+        features: one [N, C_l, h_l, w_l] a layer.
+
+    Returns:
+        One [N, 1, h_l, w_l] a layer: the mask averaged over each place's share of the
+        image, and scaled.
+    """
+    places = [F.adaptive_avg_pool2d(keep, (layer.shape[2], layer.shape[3])) for layer in features]
+    return [place / place.sum((2, 3), keepdim=True).clamp_min(1e-12) for place in places]
+
+
+def shrink(images: Tensor, resolution: int | None) -> Tensor:
+    """Average over areas to the side `resolution`; smaller images and None: unchanged."""
+    side = images.shape[-1]
+    if resolution is None or side <= resolution:
+        return images
+    if side % resolution == 0:
+        return F.avg_pool2d(images, side // resolution)
+    return F.adaptive_avg_pool2d(images, resolution)
+
+
+class Lpips:
+    """LPIPS(x, look), ignoring the regions where look and expression contradict each other.
+
+    Args:
+        weight: ≥ 0, λ of the term.
+        network: whose features: shift-tolerant LPIPS (`stlpips_*`), the trunk of an edge
+            detector without linear heads (`hed_vgg16`), or LPIPS itself (`lpips_*`, its
+            weights are fetched from torchvision's host on first use).
+        resolution: images are averaged down to this side before the network, px; null: never.
+        mask: regions to ignore in both faces; empty: none. Without an expression (the look
+            alone is inverted) nothing is in contradiction and nothing ignored.
+        mask_dilation, mask_softness: growth and width of the Gaussian feather of the
+            regions, fractions of the distance between the outer eye corners.
+        mask_strength: 1 ignores the regions wholly, 0 not at all.
+
+    Raises:
+        LmexpError: when bound, if the network's weights cannot be had.
+    """
+
+    needs_expression: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        weight: Annotated[float, Field(ge=0)] = 1.0,
+        network: NetworkName = "stlpips_alex",
+        resolution: Annotated[int, Field(ge=32)] | None = 256,
+        mask: tuple[Region, ...] = ("mouth", "eyes", "brows"),
+        mask_dilation: Annotated[float, Field(ge=0)] = 0.08,
+        mask_softness: Annotated[float, Field(ge=0)] = 0.05,
+        mask_strength: Annotated[float, Field(ge=0, le=1)] = 1.0,
+    ) -> None:
+        self.weight = weight
+        self.network = network
+        self.resolution = resolution
+        self.mask = mask
+        self.mask_dilation = mask_dilation
+        self.mask_softness = mask_softness
+        self.mask_strength = mask_strength
+        self._loaded: PerceptualNetwork | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        """Digest of the network's weights; loads them if they are not yet."""
+        return self._load().weights_sha256
+
+    def bind(self, context: Context, targets: Targets) -> BoundTerm:
+        network = self._load()
+        if isinstance(network, torch.nn.Module):
+            network.to(targets.look.device)
+        with torch.no_grad():
+            features = network.features(shrink(targets.look, self.resolution))
+            target = [normalise(layer) for layer in features]
+            keep = self.keep(targets)
+            places = None if keep is None else spread(keep, target)
+        channels = network.channel_weights
+
+        def evaluate(candidate: Candidate) -> Tensor:
+            images = shrink(candidate.images, self.resolution)
+            return feature_distance(network.features(images), target, channels, places)
+
+        return evaluate
+
+    def keep(self, targets: Targets) -> Tensor | None:
+        """The mask [N, 1, s, s] at the network's input side; None if nothing is ignored."""
+        if not self.mask or not self.mask_strength or targets.expression_landmarks is None:
+            return None
+        resolution = targets.look.shape[-1]
+        return keep_mask(
+            (targets.look_landmarks, targets.expression_landmarks),
+            self.mask,
+            resolution=resolution,
+            side=min(resolution, self.resolution or resolution),
+            dilation=self.mask_dilation,
+            softness=self.mask_softness,
+            strength=self.mask_strength,
+        ).to(targets.look)
+
+    def _load(self) -> PerceptualNetwork:
+        # Not when constructed: a term of weight 0 is built too, and must not fetch weights.
+        if self._loaded is None:
+            self._loaded = load_network(self.network)
+        return self._loaded
