@@ -1,0 +1,72 @@
+"""All figures of a folder of runs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import yaml
+
+import lmexp
+from lmexp.config import Component
+from lmexp.errors import LmexpError
+from lmexp.figures.paper import paper_style, save_figure
+from lmexp.figures.protocol import PaperFigure
+from lmexp.figures.runs import read_sweep
+from lmexp.recording.atomic_file import write_error
+
+_log = logging.getLogger("lmexp.figures")
+
+
+def list_figures() -> dict[str, Path]:
+    """Name -> yaml of every figure: the files of conf/figure."""
+    package = Path(lmexp.__file__).parent
+    # Inside the installed package, or beside src in a checkout.
+    for conf in (package / "conf", package.parent.parent / "conf"):
+        if (conf / "figure").is_dir():
+            return {path.stem: path for path in sorted((conf / "figure").glob("*.yaml"))}
+    raise LmexpError(f"{package}: its conf folder is missing; install lmexp again")
+
+
+def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
+    """Make the figures of a run's or a sweep's folder, in its own `figures` folder.
+
+    Unfinished runs are left out, and a figure that says nothing about these runs is
+    skipped; a line in the log says so.
+
+    Args:
+        folder: a run's folder, or a sweep's with its index.json.
+        only: name of the only figure to make.
+
+    Returns:
+        The files, PNG and PDF.
+
+    Raises:
+        LmexpError: there is no finished run, no such figure, or it cannot be made of these runs.
+    """
+    figures = list_figures()
+    if only is not None and only not in figures:
+        raise LmexpError(f"--only {only}: no such figure; choose from {', '.join(figures)}")
+    sweep = read_sweep(folder)
+    for line in sweep.left_out:
+        _log.warning("left out: %s", line)
+    out = folder / "figures"
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise write_error(out, error) from error
+    written: list[Path] = []
+    for name in figures if only is None else [only]:
+        built: PaperFigure = Component.model_validate(
+            yaml.safe_load(figures[name].read_text())
+        ).build()
+        reason = built.why_not(sweep)
+        if reason and only is not None:
+            raise LmexpError(f"{name}: cannot be made of {folder}: {reason}")
+        if reason:
+            _log.info("%s: not made: %s", name, reason)
+            continue
+        with paper_style(built.font_size):
+            for stem, figure in built.draw(sweep):
+                written += save_figure(figure, out / stem)
+    return written

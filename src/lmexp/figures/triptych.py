@@ -1,0 +1,93 @@
+"""The published triptych: whose face, the result, and the landmarks that it had to follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from lmexp.figures.paper import COLUMN_WIDTH, Dpi, FontSize, Sheet, Width, wrap
+from lmexp.figures.runs import Sweep
+
+_NAMES = {
+    "target_look": "look",
+    "target_look_landmarks": "look, landmarks",
+    "proj": "projection",
+    "proj_landmarks": "projection, landmarks",
+    "target_expression": "expression",
+    "target_expression_landmarks": "landmark image",
+}
+
+PictureName = Literal[
+    "target_look",
+    "target_look_landmarks",
+    "proj",
+    "proj_landmarks",
+    "target_expression",
+    "target_expression_landmarks",
+]
+
+
+class Triptych:
+    """One row a run: look, projection, landmark image; as many pages as the runs need.
+
+    Args:
+        width: of the figure, in.
+        columns: pictures of a run's folder, from left to right.
+        rows: most runs on one page.
+        font_size: pt.
+        dpi: pixels an inch.
+    """
+
+    def __init__(
+        self,
+        width: Width = COLUMN_WIDTH,
+        columns: tuple[PictureName, ...] = ("target_look", "proj", "target_expression_landmarks"),
+        rows: Annotated[int, Field(ge=1)] = 6,
+        font_size: FontSize = 8,
+        dpi: Dpi = 300,
+    ) -> None:
+        self.width = width
+        self.columns = columns
+        self.rows = rows
+        self.font_size = font_size
+        self.dpi = dpi
+
+    def why_not(self, sweep: Sweep) -> str:
+        """Every run has a triptych."""
+        del sweep
+        return ""
+
+    def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
+        """Yield "triptych", or "triptych_1", "triptych_2", … if one page is not enough."""
+        pages = [
+            range(first, min(first + self.rows, len(sweep.runs)))
+            for first in range(0, len(sweep.runs), self.rows)
+        ]
+        for number, page in enumerate(pages, start=1):
+            stem = "triptych" if len(pages) == 1 else f"triptych_{number}"
+            yield stem, self._draw_page(sweep, page)
+
+    def _draw_page(self, sweep: Sweep, page: range) -> Figure:
+        line = self.font_size / 72 * 1.25
+        gap = 0.03
+        named = len(sweep.runs) > 1
+        margin = 2 * line + 0.04 if named else 0.0
+        count = len(self.columns)
+        side = (self.width - margin - (count - 1) * gap) / count
+        head = line + 0.03
+        sheet = Sheet(self.width, head + len(page) * (side + gap) - gap, self.dpi)
+        for column, name in enumerate(self.columns):
+            middle = margin + column * (side + gap) + side / 2
+            sheet.add_text(_NAMES[name], middle, head / 2)
+        for row, index in enumerate(page):
+            top = head + row * (side + gap)
+            if named:
+                text = "\n".join(wrap(sweep.labels[index], side, self.font_size))
+                sheet.add_text(text, margin / 2 - 0.02, top + side / 2, rotation=90)
+            for column, name in enumerate(self.columns):
+                picture = sweep.runs[index].folder.read_picture(name)
+                sheet.add_picture(picture, margin + column * (side + gap), top, side)
+        return sheet.figure

@@ -1,0 +1,1 @@
+"""What a run leaves: folder, metrics, pictures, video, tracker mirrors."""

@@ -1,0 +1,136 @@
+"""Pictures: from and to tensors, landmarks drawn on them, panels side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from lmexp.landmarks.groups import GROUPS
+from lmexp.recording.run_folder import Picture
+
+Colour = tuple[int, int, int]
+
+GROUP_COLOURS: dict[str, Colour] = {
+    "jaw": (86, 180, 233),
+    "left_eyebrow": (0, 200, 150),
+    "right_eyebrow": (0, 200, 150),
+    "nose_bridge": (240, 228, 66),
+    "lower_nose": (240, 228, 66),
+    "left_eye": (255, 255, 255),
+    "right_eye": (255, 255, 255),
+    "outer_lip": (255, 110, 40),
+    "inner_lip": (255, 150, 210),
+}
+"""A colour a facial part: Okabe and Ito's palette, which colour-blind readers tell apart,
+brightened for skin."""
+
+_CLOSED = {"left_eye", "right_eye", "outer_lip", "inner_lip"}
+
+
+def to_picture(image: Tensor) -> Picture:
+    """image: [3, H, W], RGB in [-1, 1] (clamped) -> [H, W, 3], 0–255, rounded to nearest."""
+    levels = (image.detach().float().clamp(-1, 1) + 1) * 127.5
+    picture: Picture = levels.round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    return picture
+
+
+def to_image(picture: Picture) -> Tensor:
+    """picture: [H, W, 3], RGB, 0–255 -> [3, H, W], float32 in [-1, 1]."""
+    return torch.tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def resize(picture: Picture, width: int, height: int | None = None) -> Picture:
+    """Resample to `width` × `height` px (square if no height is given), Lanczos."""
+    size = (width, width if height is None else height)
+    if picture.shape[1::-1] == size:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def draw_landmarks(
+    picture: Picture,
+    landmarks: NDArray[np.floating],
+    *,
+    colour: Colour | None = None,
+    line: float = 0.004,
+    point: float = 0.0065,
+) -> Picture:
+    """Draw 68 landmarks and the lines of their groups, anti-aliased.
+
+    Args:
+        picture: [H, W, 3], RGB, 0–255; it is left as it is.
+        landmarks: [68, 2], x then y, px from the picture's upper left corner (the first
+            pixel's centre is 0.5, 0.5); what is not finite is left out.
+        colour: one colour for all; by default each part has its own.
+        line: width of the lines as a share of the picture's height.
+        point: radius of the points as a share of the picture's height.
+
+    Returns:
+        [H, W, 3], RGB, 0–255.
+    """
+    height, width = picture.shape[:2]
+    scale = max(1, min(3, 4096 // max(height, width)))
+    overlay = Image.new("RGBA", (width * scale, height * scale), (0, 0, 0, 0))
+    canvas = ImageDraw.Draw(overlay)
+    points = np.asarray(landmarks, dtype=np.float64) * scale
+    thickness = max(1.0, line * height * scale)
+    radius = max(1.0, point * height * scale)
+    rim = max(1.0, 0.35 * radius)
+
+    def draw(grow: float, paint: dict[str, tuple[int, int, int, int]]) -> None:
+        for name, members in GROUPS.items():
+            path = [points[i] for i in members]
+            if name in _CLOSED:
+                path.append(path[0])
+            for start, end in zip(path, path[1:], strict=False):
+                if np.isfinite([start, end]).all():
+                    canvas.line(
+                        [*map(float, start), *map(float, end)],
+                        fill=paint[name],
+                        width=max(1, round(thickness + 2 * grow)),
+                    )
+        for name, members in GROUPS.items():
+            for x, y in (points[i] for i in members):
+                if np.isfinite([x, y]).all():
+                    reach = radius + grow
+                    canvas.ellipse((x - reach, y - reach, x + reach, y + reach), fill=paint[name])
+
+    draw(rim, dict.fromkeys(GROUPS, (0, 0, 0, 150)))  # a dark rim: legible on any skin
+    draw(0.0, {name: (*(colour or GROUP_COLOURS[name]), 255) for name in GROUPS})
+    small = overlay.resize((width, height), Image.Resampling.BOX)
+    blended = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), small)
+    return np.asarray(blended.convert("RGB"))
+
+
+def join_panels(
+    pictures: Sequence[Picture], captions: Sequence[str] = (), *, gap: int = 4
+) -> Picture:
+    """Pictures of one size side by side on white, each under its caption.
+
+    Args:
+        pictures: [H, W, 3] each, RGB, 0–255.
+        captions: one a picture, or none at all.
+        gap: space between pictures, px.
+
+    Returns:
+        [H', W', 3], RGB, 0–255; both sides even, as video codecs want them.
+    """
+    height, width = pictures[0].shape[:2]
+    strip = round(height * 0.09) if captions else 0
+    total = len(pictures) * (width + gap) - gap
+    size = (total + total % 2, height + strip + (height + strip) % 2)
+    sheet = Image.new("RGB", size, (255, 255, 255))
+    canvas = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=max(9.0, strip * 0.55))
+    for index, picture in enumerate(pictures):
+        left = index * (width + gap)
+        sheet.paste(Image.fromarray(picture), (left, strip))
+        if captions:
+            middle = (left + width / 2, strip * 0.52)
+            canvas.text(middle, captions[index], font=font, fill=(30, 30, 30), anchor="mm")
+    return np.asarray(sheet)
