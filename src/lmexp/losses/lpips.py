@@ -14,6 +14,9 @@ from lmexp.losses.mask import Region, keep_mask
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
+_MASK_SIDE = 128
+"""Of the mask before it is spread over a network's layers, which are coarser or a little finer."""
+
 
 def normalise(features: Tensor) -> Tensor:
     """[N, C, h, w] -> the same, each place's vector of channels scaled to length 1.
@@ -150,7 +153,7 @@ class Lpips:
         return evaluate
 
     def keep(self, targets: Targets) -> Tensor | None:
-        """The mask [N, 1, s, s] at the network's input side; None if nothing is ignored."""
+        """The mask [N, 1, s, s] of the whole image; None if nothing is ignored."""
         if not self.mask or not self.mask_strength or targets.expression_landmarks is None:
             return None
         resolution = targets.look.shape[-1]
@@ -158,7 +161,7 @@ class Lpips:
             (targets.look_landmarks, targets.expression_landmarks),
             self.mask,
             resolution=resolution,
-            side=min(resolution, self.resolution or resolution),
+            side=min(resolution, _MASK_SIDE),
             dilation=self.mask_dilation,
             softness=self.mask_softness,
             strength=self.mask_strength,

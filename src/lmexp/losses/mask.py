@@ -103,23 +103,18 @@ def hull_distance(points: Tensor, resolution: int, side: int) -> Tensor:
         resolution / side
     )
     grid = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1)
-    nearest = torch.full((len(points), side, side), torch.inf).to(grid)
-    inside = real.any(1)[:, None, None].expand_as(nearest)
-    # One edge at a time: all at once would take K times the memory for an image of 1024 px.
-    for k in range(points.shape[1]):
-        start = edges[:, k, 0][:, None, None]
-        along = edges[:, k, 1][:, None, None] - start
-        to_pixel = grid - start
-        length = along.square().sum(-1)
-        fraction = (to_pixel * along).sum(-1) / length.clamp_min(1e-12)
-        foot = fraction.clamp(0, 1)[..., None] * along
-        gap = (to_pixel - foot).square().sum(-1)
-        present = real[:, k, None, None]
-        nearest = torch.where(present, torch.minimum(nearest, gap), nearest)
-        inside = inside & (~present | (_cross(along, to_pixel) > 0))
-    # Without an edge all points are one.
-    spot = (grid - points[:, :1, None]).square().sum(-1)
-    nearest = torch.where(real.any(1)[:, None, None], nearest, spot).sqrt()
+    start = edges[:, :, 0, None, None]  # [N, K, 1, 1, 2]
+    along = edges[:, :, 1, None, None] - start
+    present = real[:, :, None, None]
+    to_pixel = grid - start
+    length = along.square().sum(-1)
+    fraction = (to_pixel * along).sum(-1) / length.clamp_min(1e-12)
+    gap = (to_pixel - fraction.clamp(0, 1)[..., None] * along).square().sum(-1)
+    nearest = gap.masked_fill(~present, torch.inf).amin(1)
+    # Without an edge all points are one, and nothing is inside.
+    any_edge = present.any(1)
+    nearest = torch.where(any_edge, nearest, gap[:, 0]).sqrt()
+    inside = ((_cross(along, to_pixel) > 0) | ~present).all(1) & any_edge
     return torch.where(inside, -nearest, nearest)
 
 
