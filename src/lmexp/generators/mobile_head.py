@@ -44,6 +44,8 @@ class HeadLayer(nn.Module):
         w_dim: size of a style vector.
     """
 
+    frozen_constant: Tensor | None
+
     def __init__(self, channels_in: int, channels_out: int, side: int, w_dim: int) -> None:
         super().__init__()
         self.modulation = nn.Linear(w_dim, channels_in)

@@ -161,7 +161,8 @@ class Block(nn.Module):
         # factor equals modulating it afterwards, at the same number of values: one pass less.
         scales = self.up(w1) * self.modulation1(w1).repeat(1, 4)
         x = self.conv1(merge_bands(x * scales[:, :, None, None]))
-        return self.conv2(x * self.modulation2(w2)[:, :, None, None])
+        activated: Tensor = self.conv2(x * self.modulation2(w2)[:, :, None, None])
+        return activated
 
 
 class Trunk(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from lmexp.errors import LmexpError
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "f16": np.dtype("<f2"),
     "f32": np.dtype("<f4"),
     "f64": np.dtype("<f8"),

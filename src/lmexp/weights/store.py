@@ -65,7 +65,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -128,8 +128,8 @@ def read(entry: Entry) -> StoredWeights:
     found, expected = digest(tensors), expected_digest(entry)
     if found != expected:
         raise LmexpError(
-            f"{path}: damaged (content digest {found[:12]}…, expected {expected[:12]}…); remove it, "
-            f"or run python -m lmexp.weights fetch {entry.name}"
+            f"{path}: damaged (content digest {found[:12]}…, expected {expected[:12]}…); "
+            f"remove it, or run python -m lmexp.weights fetch {entry.name}"
         )
     return StoredWeights(tensors, found, path)
 
@@ -237,4 +237,6 @@ def write(
     """Write a safetensors file that is either whole or absent."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     save_file(dict(tensors), scratch, dict(metadata) if metadata else None)
-    os.replace(scratch, path)
+    # The writer keeps files to their owner; a cache may be shared.
+    scratch.chmod(0o644)
+    scratch.replace(path)
