@@ -103,6 +103,23 @@ def test_masked_pixels_neither_count_nor_get_a_gradient(monkeypatch: pytest.Monk
     assert (outside > 0).all()
 
 
+def test_filled_regions_are_invisible_to_features_beside_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = draw_targets()
+    options: dict[str, Any] = {"mask": ("mouth",), "mask_dilation": 0.0, "mask_softness": 0.0}
+    box = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    box[40:52, 24:40] = True
+    images = torch.where(box, -targets.look, targets.look).requires_grad_(True)
+    # Without filling, the 3×3 features just outside of the box see into it.
+    assert make_term(monkeypatch, **options).bind(CONTEXT, targets)(candidate(images)) > 0
+    filled = make_term(monkeypatch, mask_pixels=True, **options).bind(CONTEXT, targets)
+    assert filled(candidate(images)).tolist() == [0]
+    images = -targets.look.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(filled(candidate(images)).sum(), images)
+    assert ((gradient.abs().sum(1)[0] == 0) == box).all()
+
+
 def test_masked_value_is_the_mean_over_the_places_that_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

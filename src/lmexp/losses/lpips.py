@@ -104,6 +104,9 @@ class Lpips:
         mask_dilation, mask_softness: growth and width of the Gaussian feather of the
             regions, fractions of the distance between the outer eye corners.
         mask_strength: 1 ignores the regions wholly, 0 not at all.
+        mask_pixels: also put the look's own pixels into the regions before the network. The
+            features beside a region see into it, and without this they go on asking for
+            what the look has there.
 
     Raises:
         LmexpError: when bound, if the network's weights cannot be had.
@@ -120,6 +123,7 @@ class Lpips:
         mask_dilation: Annotated[float, Field(ge=0)] = 0.08,
         mask_softness: Annotated[float, Field(ge=0)] = 0.05,
         mask_strength: Annotated[float, Field(ge=0, le=1)] = 1.0,
+        mask_pixels: bool = False,
     ) -> None:
         self.weight = weight
         self.network = network
@@ -128,6 +132,7 @@ class Lpips:
         self.mask_dilation = mask_dilation
         self.mask_softness = mask_softness
         self.mask_strength = mask_strength
+        self.mask_pixels = mask_pixels
         self._loaded: PerceptualNetwork | None = None
 
     @property
@@ -140,14 +145,19 @@ class Lpips:
         if isinstance(network, torch.nn.Module):
             network.to(targets.look.device)
         with torch.no_grad():
-            features = network.features(shrink(targets.look, self.resolution))
-            target = [normalise(layer) for layer in features]
+            look = shrink(targets.look, self.resolution)
+            target = [normalise(layer) for layer in network.features(look)]
             keep = self.keep(targets)
             places = None if keep is None else spread(keep, target)
+            pixels = None
+            if keep is not None and self.mask_pixels:
+                pixels = F.interpolate(keep, size=look.shape[-1], mode="bilinear")
         channels = network.channel_weights
 
         def evaluate(candidate: Candidate) -> Tensor:
             images = shrink(candidate.images, self.resolution)
+            if pixels is not None:
+                images = torch.lerp(look, images, pixels)
             return feature_distance(network.features(images), target, channels, places)
 
         return evaluate
