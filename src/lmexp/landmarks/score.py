@@ -1,27 +1,28 @@
-"""How far predicted landmarks are from annotated ones."""
+"""How well a network finds the landmarks of a set of annotated faces."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmexp.landmarks.groups import GROUPS, OUTER_EYE_CORNERS
+from lmexp.metrics.nme import nme
 
-FAILURE = 0.10
-"""A face whose NME exceeds this counts as a failure, as in the 300-W challenge."""
+FAILURE = 10.0
+"""A face whose NME exceeds this many per cent is a failure, as in the 300-W challenge."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Errors of one set of faces, in per cent of the distance of the outer eye corners.
+    """Errors over a set of faces, in per cent of the distance of the outer eye corners.
 
     Attributes:
         faces: number of faces.
         nme: mean over faces and landmarks.
         median: median over faces.
-        failures: faces whose own mean exceeds 10 %.
+        failures: faces whose own NME exceeds `FAILURE`.
         groups: mean over the landmarks of each group of `GROUPS`.
         bias: mean signed error, x then y.
     """
@@ -34,49 +35,33 @@ class Score:
     bias: tuple[float, float]
 
     def as_dict(self) -> dict[str, object]:
-        """The fields, rounded to a thousandth of a per cent, for JSON."""
-        return {key: _rounded(value) for key, value in asdict(self).items()}
+        """The fields for JSON, rounded to a thousandth of a per cent."""
+        return {
+            "faces": self.faces,
+            "nme": round(self.nme, 3),
+            "median": round(self.median, 3),
+            "failures": self.failures,
+            "groups": {group: round(value, 3) for group, value in self.groups.items()},
+            "bias": [round(value, 3) for value in self.bias],
+        }
 
 
-def _rounded(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_rounded(item) for item in value]
-    return round(value, 3) if isinstance(value, float) else value
-
-
-def point_errors(predicted: Tensor, annotated: Tensor) -> Tensor:
-    """Distance of every landmark in units of the outer eye corners' distance.
+def score(landmarks: Tensor, reference: Tensor) -> Score:
+    """Summarise `nme` over faces.
 
     Args:
-        predicted: [N, 68, 2].
-        annotated: [N, 68, 2], in the same px.
-
-    Returns:
-        errors: [N, 68], not in per cent; their mean is the NME of 300-W.
+        landmarks: [N, 68, 2], predicted.
+        reference: [N, 68, 2], annotated, in the same px.
     """
-    return (predicted - annotated).norm(dim=2) / _unit(annotated)[:, None]
-
-
-def _unit(annotated: Tensor) -> Tensor:
+    errors = nme(landmarks, reference)
     left, right = OUTER_EYE_CORNERS
-    return (annotated[:, left] - annotated[:, right]).norm(dim=1)
-
-
-def score(predicted: Tensor, annotated: Tensor) -> Score:
-    """Summarise `point_errors` over a set of faces ([N, 68, 2] each)."""
-    errors = point_errors(predicted, annotated)
-    faces = errors.mean(dim=1)
-    bias = ((predicted - annotated) / _unit(annotated)[:, None, None]).mean(dim=(0, 1))
+    unit = torch.linalg.vector_norm(reference[:, left] - reference[:, right], dim=1)
+    bias = 100 * ((landmarks - reference) / unit[:, None, None]).mean(dim=(0, 1))
     return Score(
-        faces=len(faces),
-        nme=100 * faces.mean().item(),
-        median=100 * torch.quantile(faces, 0.5).item(),
-        failures=int((faces > FAILURE).sum()),
-        groups={
-            name: 100 * errors[:, members.start : members.stop].mean().item()
-            for name, members in GROUPS.items()
-        },
-        bias=(100 * bias[0].item(), 100 * bias[1].item()),
+        faces=len(landmarks),
+        nme=errors["all"].mean().item(),
+        median=torch.quantile(errors["all"], 0.5).item(),
+        failures=int((errors["all"] > FAILURE).sum()),
+        groups={group: errors[group].mean().item() for group in GROUPS},
+        bias=(bias[0].item(), bias[1].item()),
     )
