@@ -34,11 +34,15 @@ _CROP = (110, 0, 230)
 """Left, top and side of the face in the portrait, px."""
 
 
-def astronaut(side: int, *, turn: float = 0.0, blur: float = 0.0, light: float = 1.0) -> Image.Image:
+def astronaut(
+    side: int, *, turn: float = 0.0, blur: float = 0.0, light: float = 1.0
+) -> Image.Image:
     """The face of scikit-image's public-domain portrait, turned by degrees, blurred, lit."""
     photo = Image.fromarray(skimage.data.astronaut()).rotate(turn, Image.Resampling.BICUBIC)
     left, top, size = _CROP
-    face = photo.crop((left, top, left + size, top + size)).resize((side, side), Image.Resampling.LANCZOS)
+    face = photo.crop((left, top, left + size, top + size)).resize(
+        (side, side), Image.Resampling.LANCZOS
+    )
     blurred = face.filter(ImageFilter.GaussianBlur(blur * side / 256))
     return ImageEnhance.Brightness(blurred).enhance(light)
 
@@ -120,9 +124,7 @@ def record_run(
             landmarks=face_landmarks(side, 0.3 * share, turns[0] + 6 * share) if shown else None,
         )
     if stop_after is None:
-        nme = {
-            name: round(float(2 + 4 * random.random() / strength), 3) for name in GROUPS
-        }
+        nme = {name: round(float(2 + 4 * random.random() / strength), 3) for name in GROUPS}
         recorder.finish(
             image=image_tensor(
                 astronaut(side, turn=turns[0] + 6, light=0.85 + 0.1 * min(strength, 3))
@@ -157,8 +159,6 @@ def record_sweep(
             {"joy": 14.0, "rage": -14.0}.get(str(differing.get("inputs.expression")), 10.0),
         )
         label = ",".join(f"{key}={value}" for key, value in differing.items())
-        record_run(
-            folder / f"{number:03d}", label=label, strength=strength, turns=turns, **options
-        )
+        record_run(folder / f"{number:03d}", label=label, strength=strength, turns=turns, **options)
         jobs.append({"folder": f"{number:03d}", "overrides": differing, "label": label})
     write_index(folder, jobs, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import yaml
+from omegaconf import OmegaConf
 
 import lmexp
 from lmexp.config import Component
@@ -57,9 +57,8 @@ def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
         raise write_error(out, error) from error
     written: list[Path] = []
     for name in figures if only is None else [only]:
-        built: PaperFigure = Component.model_validate(
-            yaml.safe_load(figures[name].read_text())
-        ).build()
+        described = OmegaConf.to_container(OmegaConf.load(figures[name]))
+        built: PaperFigure = Component.model_validate(described).build()
         reason = built.why_not(sweep)
         if reason and only is not None:
             raise LmexpError(f"{name}: cannot be made of {folder}: {reason}")

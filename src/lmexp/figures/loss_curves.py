@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -66,8 +66,9 @@ class LossCurves:
         run = sweep.runs[0]
         line = self.font_size / 72 * 1.3
         left, right, bottom, gap = 0.52, 0.06, 2 * line + 0.08, 0.1
-        legend_rows = -(-(len(run.terms) + 1) // 3)
-        head = legend_rows * line + 0.06
+        names = [*run.terms, "total"]
+        columns = _legend_columns(names, self.single_width)
+        head = -(-len(names) // columns) * line + 0.06
         sheet = Sheet(self.single_width, head + 2 * self.height + gap + bottom, self.dpi)
         colours = dict(zip(run.terms, pick_colours(len(run.terms)), strict=True))
         handles = {}
@@ -89,7 +90,7 @@ class LossCurves:
             [name.replace("_", " ") for name in handles],
             loc="upper center",
             bbox_to_anchor=((left + self.single_width - right) / 2 / self.single_width, 1.0),
-            ncols=min(3, len(handles)),
+            ncols=columns,
             borderpad=0.1,
             handlelength=1.8,
             columnspacing=1.4,
@@ -102,8 +103,7 @@ class LossCurves:
         left, right, between, gap, head = 0.42, 0.05, 0.44, 0.1, line + 0.03
         panels = len(sweep.terms) + 1
         across = (self.width - left - right - (panels - 1) * between) / panels
-        columns = max(1, int(self.width // (0.45 + 0.075 * max(map(len, sweep.labels)))))
-        columns = balance_columns(len(sweep.runs), columns)
+        columns = _legend_columns(sweep.labels, self.width)
         legend = -(-len(sweep.runs) // columns) * line + 0.05
         tall = 2 * self.height + gap
         sheet = Sheet(self.width, head + tall + 2 * line + 0.06 + legend, self.dpi)
@@ -155,11 +155,20 @@ class LossCurves:
             axes.yaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.margins(x=0.01)
-        axes.set_ylabel(label, labelpad=2)
+        axes.set_ylabel(label, va="bottom")
+        # At a fixed place, so that the labels of a column of panels line up.
+        width = axes.get_window_extent().width / axes.figure.dpi
+        axes.yaxis.set_label_coords(-0.34 / width, 0.5)
         if last:
             axes.set_xlabel("step", labelpad=1)
         else:
             axes.tick_params(labelbottom=False)
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """Columns of a legend that fits into `width` inches."""
+    entry = 0.4 + 0.068 * max(len(name) for name in names)
+    return balance_columns(len(names), max(1, int(width // entry)))
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -170,6 +179,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
         *((1, steps) for steps in ((1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))),
         (1, tuple(np.arange(1, 10, 0.5))),
         (1, tuple(np.arange(1, 10, 0.1))),
+        (1, tuple(np.arange(1, 10, 0.02))),
     ]
     ticks: list[float] = []
     for every, steps in ladders:

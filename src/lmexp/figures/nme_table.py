@@ -42,7 +42,9 @@ class NmeTable:
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
         """Yield "nme_table"."""
         names = list(dict.fromkeys(name for run in sweep.runs for name in run.nme))
-        groups = [name for name in names if name != "all"] + [name for name in names if name == "all"]
+        groups = [name for name in names if name != "all"] + [
+            name for name in names if name == "all"
+        ]
         values = np.array([[run.nme.get(group, np.nan) for group in groups] for run in sweep.runs])
         line = self.font_size / 72 * 1.25
         row_height = line + 0.07

@@ -94,9 +94,7 @@ class Sheet:
         self.figure = Figure(figsize=(self.width, self.height), dpi=dpi, facecolor="white")
         FigureCanvasAgg(self.figure)
 
-    def add_picture(
-        self, picture: NDArray[np.uint8], left: float, top: float, side: float
-    ) -> None:
+    def add_picture(self, picture: NDArray[np.uint8], left: float, top: float, side: float) -> None:
         """Place a square picture, resampled once to the sheet's own pixels."""
         pixels = round(side * self.dpi)
         image = Image.fromarray(picture).resize((pixels, pixels), Image.Resampling.LANCZOS)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lmexp.figures.paper import COLUMN_WIDTH, Dpi, FontSize, Sheet, Width, wrap
+from lmexp.figures.paper import COLUMN_WIDTH, Dpi, FontSize, Sheet, Width, text_lines, wrap
 from lmexp.figures.runs import Sweep
 
 _NAMES = {
@@ -74,8 +74,10 @@ class Triptych:
         line = self.font_size / 72 * 1.25
         gap = 0.03
         named = len(sweep.runs) > 1
-        margin = 2 * line + 0.04 if named else 0.0
         count = len(self.columns)
+        across = self.width / count - 2 * line
+        lines = text_lines(sweep.labels, across, self.font_size)
+        margin = lines * line + 0.04 if named else 0.0
         side = (self.width - margin - (count - 1) * gap) / count
         head = line + 0.03
         sheet = Sheet(self.width, head + len(page) * (side + gap) - gap, self.dpi)
@@ -85,7 +87,7 @@ class Triptych:
         for row, index in enumerate(page):
             top = head + row * (side + gap)
             if named:
-                text = "\n".join(wrap(sweep.labels[index], side, self.font_size))
+                text = "\n".join(wrap(sweep.labels[index], across, self.font_size))
                 sheet.add_text(text, margin / 2 - 0.02, top + side / 2, rotation=90)
             for column, name in enumerate(self.columns):
                 picture = sweep.runs[index].folder.read_picture(name)

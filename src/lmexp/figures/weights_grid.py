@@ -86,7 +86,5 @@ class WeightsGrid:
                 sheet.add_text(text, left + side / 2, below + (number + 0.5) * line)
             if score:
                 place = below + (len(wrapped) + 0.5) * line
-                sheet.add_text(
-                    score, left + side / 2, place, size=self.font_size - 1, colour=GREY
-                )
+                sheet.add_text(score, left + side / 2, place, size=self.font_size - 1, colour=GREY)
         yield "weights_grid", sheet.figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def draw_landmarks(
             path = [points[i] for i in members]
             if name in _CLOSED:
                 path.append(path[0])
-            for start, end in zip(path, path[1:], strict=False):
+            for start, end in pairwise(path):
                 if np.isfinite([start, end]).all():
                     canvas.line(
                         [*map(float, start), *map(float, end)],

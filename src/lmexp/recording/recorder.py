@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.recording.images import Picture, draw_landmarks, join_panels, resize, to_picture
-from lmexp.recording.run_folder import RunFolder
+from lmexp.recording.images import draw_landmarks, join_panels, resize, to_picture
+from lmexp.recording.run_folder import Picture, RunFolder
 from lmexp.recording.state import State, load_state, save_state
 from lmexp.recording.tracker import Job, TrackedRun, Tracker
 from lmexp.recording.video import write_video
@@ -300,7 +300,12 @@ class Recorder:
             with Image.open(frame) as image:
                 picture = np.asarray(image.convert("RGB"))
             marked = draw_landmarks(picture, np.load(frame.with_suffix(".npy"), allow_pickle=False))
-            captions = ("look", f"projection, step {int(frame.stem) + 1}", "landmarks", "expression")
+            captions = (
+                "look",
+                f"projection, step {int(frame.stem) + 1}",
+                "landmarks",
+                "expression",
+            )
             yield join_panels([look, picture, marked, expression], captions)
 
     def _pictures(self, prefix: str) -> dict[str, Picture]:
@@ -331,9 +336,7 @@ class Recorder:
         if part not in self._warned:
             self._warned.add(part)
             said = " ".join(str(error).split()) or type(error).__name__
-            _log.warning(
-                "%s: %s left out (%s); the run goes on", self.job.label, part, said
-            )
+            _log.warning("%s: %s left out (%s); the run goes on", self.job.label, part, said)
 
 
 def even(side: int) -> int:

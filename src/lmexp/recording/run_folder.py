@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+from omegaconf import OmegaConf
 from PIL import Image
 
 from lmexp.errors import LmexpError
@@ -129,7 +129,7 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, the resolved configuration, in its own order."""
-        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
         write_atomically(self.path / "config.yaml", text.encode())
 
     def read_config(self) -> dict[str, Any]:
@@ -140,12 +140,12 @@ class RunFolder:
         """
         path = self.path / "config.yaml"
         try:
-            config = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+            config = OmegaConf.to_container(OmegaConf.load(path))
+        except Exception as error:  # YAML's own kinds, OmegaConf's and the file system's
             raise _unreadable(path, error) from error
         if not isinstance(config, dict):
             raise _unreadable(path, "no keys in it")
-        return config
+        return {str(key): value for key, value in config.items()}
 
     def write_diff(self, diff: str) -> None:
         """Write code.diff, what the code differed in from its git revision."""

@@ -64,7 +64,7 @@ def load_state(
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise LmexpError(f"{path}: the saved state is damaged ({said}); {advice}") from error

@@ -48,7 +48,7 @@ def write_video(
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         count = _encode(unfinished, frames, fps=fps, hold=hold, crf=crf)
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     except OSError as error:
         raise write_error(path, error) from error
     finally:

@@ -62,7 +62,7 @@ class WandbTracker:
         return self._begin(job, "offline")
 
     def _begin(self, job: Job, mode: Literal["offline", "online"]) -> WandbRun:
-        import wandb  # noqa: PLC0415 - half a second that only its users pay
+        import wandb  # half a second that only its users pay
 
         def begin() -> Any:
             # Without this, init would ask for a key on the terminal and wait.
@@ -111,13 +111,13 @@ class WandbRun:
 
     def log_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
         """Add pictures, [H, W, 3], RGB, 0–255, at `step`."""
-        import wandb  # noqa: PLC0415
+        import wandb
 
         self._run.log({name: wandb.Image(picture) for name, picture in pictures.items()}, step=step)
 
     def log_video(self, step: int, path: Path) -> None:
         """Add the video file at `path`, as it is, at `step`."""
-        import wandb  # noqa: PLC0415
+        import wandb
 
         self._run.log({path.stem + "_video": wandb.Video(str(path), format="mp4")}, step=step)
 
@@ -147,7 +147,7 @@ def _within(seconds: float, what: str, action: Callable[[], Any]) -> Any:
     def run() -> None:
         try:
             outcome.append(action())
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
+        except BaseException as error:  # handed to the caller's thread
             failure.append(error)
 
     thread = threading.Thread(target=run, name=what, daemon=True)
