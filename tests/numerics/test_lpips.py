@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.error
 from collections.abc import Mapping
+from pathlib import Path
 
 import lpips
 import numpy as np
@@ -85,7 +86,7 @@ def draw_tensors(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, 
     return tensors
 
 
-def random_stlpips(trunk: str) -> torch.nn.Module:
+def random_stlpips_tensors(trunk: str) -> dict[str, Tensor]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, (out, into, side) in _CONVS[trunk].items():
         shapes[f"net.{name}.weight"] = (out, into, side, side)
@@ -96,7 +97,11 @@ def random_stlpips(trunk: str) -> torch.nn.Module:
         "scaling_layer.shift": torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None],
         "scaling_layer.scale": torch.tensor([0.458, 0.448, 0.450])[None, :, None, None],
     }
-    return _BUILDERS[trunk]({**draw_tensors(shapes, 7), **scaling}, "random")
+    return {**draw_tensors(shapes, 7), **scaling}
+
+
+def random_stlpips(trunk: str) -> torch.nn.Module:
+    return _BUILDERS[trunk](random_stlpips_tensors(trunk), "random")
 
 
 def trained(name: NetworkName) -> PerceptualNetwork:
@@ -282,6 +287,30 @@ def random_hed_tensors() -> dict[str, Tensor]:
             shapes[f"conv{block}_{index}.bias"] = (out,)
             into = out
     return draw_tensors(shapes, 5)
+
+
+@pytest.mark.parametrize("name", ["stlpips_alex", "stlpips_vgg", "hed_vgg16"])
+def test_networks_are_found_by_name_and_frozen(
+    name: NetworkName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = name.partition("_")[2]
+    tensors = random_hed_tensors() if trunk == "vgg16" else random_stlpips_tensors(trunk)
+    asked: list[str] = []
+
+    def load(wanted: str) -> store.StoredWeights:
+        asked.append(wanted)
+        return store.StoredWeights(tensors, "digest", Path("nowhere"))
+
+    monkeypatch.setattr(store, "load", load)
+    network = load_network(name)
+    assert asked == [name]
+    assert isinstance(network, PerceptualNetwork) and isinstance(network, torch.nn.Module)
+    assert network.weights_sha256 == "digest"
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    features = network.features(draw_images(1, 64, 64))
+    widths = [len(weights) for weights in network.channel_weights]
+    assert [layer.shape[1] for layer in features] == widths
 
 
 def test_features_of_zero_have_a_finite_gradient() -> None:

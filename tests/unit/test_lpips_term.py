@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from lmexp.config import Component
+from lmexp.errors import LmexpError
 from lmexp.losses.lpips import Lpips
 from lmexp.losses.perceptual import protocol
 from lmexp.losses.protocol import Candidate, Context, Targets, Term
@@ -183,6 +184,13 @@ def test_resolution_is_the_networks_input_side(monkeypatch: pytest.MonkeyPatch) 
     coarse = make_term(monkeypatch, resolution=32, mask=()).bind(CONTEXT, targets)
     assert float(fine(candidate(checker))) > 0.01
     assert float(coarse(candidate(checker))) < 1e-6  # stripes of 1 px average out
+
+
+def test_tiny_images_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.zeros(1, 3, 16, 16)
+    targets = Targets(look=images, look_landmarks=torch.zeros(1, 68, 2))
+    with pytest.raises(LmexpError, match=r"loss\.lpips: images of 16 px .* at least 32 px"):
+        make_term(monkeypatch).bind(CONTEXT, targets)
 
 
 def test_weights_are_loaded_when_bound_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from lmexp.errors import LmexpError
 from lmexp.losses.mask import Region, keep_mask
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
 _MASK_SIDE = 128
 """Of the mask before it is spread over a network's layers, which are coarser or a little finer."""
+
+_LEAST_SIDE = 32
+"""Below it the last layers have no place left."""
 
 
 def normalise(features: Tensor) -> Tensor:
@@ -56,8 +60,8 @@ def feature_distance(
         zip(features, target, channel_weights, strict=True)
     ):
         squares = (normalise(now) - wanted).square()
-        # As a 1×1 convolution it is one pass over memory instead of two.
-        distance = F.conv2d(squares, channels.to(squares.dtype)[None, :, None, None])
+        # Not as a 1×1 convolution, which autocast and TF32 would compute in low precision.
+        distance = (squares * channels.to(squares.dtype)[:, None, None]).sum(1, keepdim=True)
         if place_weights is None:
             total = total + distance.mean((1, 2, 3))
         else:
@@ -109,7 +113,8 @@ class Lpips:
             what the look has there.
 
     Raises:
-        LmexpError: when bound, if the network's weights cannot be had.
+        LmexpError: when bound, if the network's weights cannot be had or the images are
+            smaller than 32 px.
     """
 
     needs_expression: ClassVar[bool] = False
@@ -118,7 +123,7 @@ class Lpips:
         self,
         weight: Annotated[float, Field(ge=0)] = 1.0,
         network: NetworkName = "stlpips_alex",
-        resolution: Annotated[int, Field(ge=32)] | None = 256,
+        resolution: Annotated[int, Field(ge=_LEAST_SIDE)] | None = 256,
         mask: tuple[Region, ...] = ("mouth", "eyes", "brows"),
         mask_dilation: Annotated[float, Field(ge=0)] = 0.08,
         mask_softness: Annotated[float, Field(ge=0)] = 0.05,
@@ -141,6 +146,12 @@ class Lpips:
         return self._load().weights_sha256
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
+        side = targets.look.shape[-1]
+        if side < _LEAST_SIDE:
+            raise LmexpError(
+                f"loss.lpips: images of {side} px are too small for {self.network}; choose a "
+                f"generator of at least {_LEAST_SIDE} px, or loss.lpips.weight=0"
+            )
         network = self._load()
         if isinstance(network, torch.nn.Module):
             network.to(targets.look.device)
