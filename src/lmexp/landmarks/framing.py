@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,8 @@ def read_faces(folder: Path) -> tuple[Tensor, Tensor]:
         LmexpError: the folder has no annotation, a picture is missing or unreadable, or
             sizes differ.
     """
-    images, landmarks = [], []
+    images: list[NDArray[np.uint8]] = []
+    landmarks: list[Tensor] = []
     for path in sorted(folder.glob("*.pts")):
         found = [p for p in (path.with_suffix(".jpg"), path.with_suffix(".png")) if p.exists()]
         if not found:
