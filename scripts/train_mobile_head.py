@@ -34,7 +34,7 @@ from lmexp.weights import store
 
 NUM_WS = 1 + 2 * HEAD_DEPTH + ImageHead.num_ws
 HELD_OUT_SEED = 1_000_003
-EDGE_WEIGHT = 0.05
+EDGE_WEIGHT = 0.02
 EMA_DECAY = 0.999
 WARM_UP_STEPS = 200
 

@@ -209,7 +209,9 @@ class Trunk(nn.Module):
             (tapped features, final features), each [N, C, h, w].
         """
         x = self.conv(self.input * self.modulation(ws[:, 0])[:, :, None, None])
-        x = x.contiguous(memory_format=torch.channels_last)
+        # A single style's product is laid out both ways at once, so say which one is meant:
+        # that of the buffers, which `.to(memory_format=...)` chooses.
+        x = x.contiguous(memory_format=memory_format_of(self.input))
         tapped = x
         for index, block in enumerate(self.blocks):
             x = block(x, ws[:, 1 + 2 * index], ws[:, 2 + 2 * index])
@@ -259,6 +261,12 @@ def band_order(channels: int) -> Tensor:
     low = torch.arange(channels)
     high = channels + torch.arange(3 * channels).view(channels, 3).T.flatten()
     return torch.cat([low, high])
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Channels last if `x` [N, C, h, w] is laid out so and no other way, else contiguous."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def count_blocks(tensors: Mapping[str, Tensor]) -> int:

@@ -125,14 +125,14 @@ ENTRIES: dict[str, Entry] = {
         ),
         Entry(
             name="fan_68_slim",
-            purpose="68 landmark heat maps (one-stack FAN of 128 channels), trained by this project",
+            purpose="68 landmark heat maps (one-stack FAN, 128 channels), trained by this project",
             licence="see docs/models/fan_68.md",
             source="docs/models/fan_68.md",
             megabytes=3.2,
         ),
         Entry(
             name="fan_68_full",
-            purpose="68 landmark heat maps (one-stack FAN of 256 channels), trained by this project",
+            purpose="68 landmark heat maps (one-stack FAN, 256 channels), trained by this project",
             licence="see docs/models/fan_68.md",
             source="docs/models/fan_68.md",
             megabytes=12.6,
