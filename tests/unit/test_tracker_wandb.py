@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -53,10 +54,21 @@ def item_key(item: Any) -> str:
     return item.key or "/".join(item.nested_key)
 
 
-def read_run(folder: Path) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path, int]:
+def wait_for_records(folder: Path) -> tuple[Path, list[Any]]:
+    """The run's file and its records, once W&B's own process has written the last one."""
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    run, rows, summary, code = None, [], {}, -1
-    for record in read_records(path):
+    for _ in range(100):
+        records = list(read_records(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return path, records
+        time.sleep(0.1)
+    raise AssertionError(f"{path}: no exit record after 10 s")
+
+
+def read_run(folder: Path) -> tuple[Any, list[dict[str, Any]], dict[str, Any], Path, int]:
+    path, records = wait_for_records(folder)
+    run, rows, summary = None, [], {}
+    for record in records:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run = record.run
@@ -67,9 +79,7 @@ def read_run(folder: Path) -> tuple[Any, list[dict[str, Any]], dict[str, Any], P
             summary.update(
                 {item_key(item): json.loads(item.value_json) for item in record.summary.update}
             )
-        elif kind == "exit":
-            code = record.exit.exit_code
-    return run, rows, summary, path.parent / "files", code
+    return run, rows, summary, path.parent / "files", records[-1].exit.exit_code
 
 
 def test_an_offline_run_holds_all_that_was_recorded(
@@ -135,6 +145,28 @@ def test_jobs_of_a_batch_are_runs_of_their_own_and_a_failed_one_is_marked(tmp_pa
         assert [row["loss"] for row in rows] == [index, index + 1, index + 2]
         assert summary["name"] == name
         assert code == index
+
+
+_AT_ONCE = """
+import sys
+from pathlib import Path
+from lmexp.recording.tracker import Job
+from lmexp.recording.wandb_tracker import WandbTracker
+run = WandbTracker().open(Job(Path(sys.argv[1]), "abc", "mouth", None, {}))
+for step in range(50):
+    run.log(step, {"loss": 1.0 * step})
+run.finish({}, ok=True)
+"""
+
+
+def test_a_program_that_ends_at_once_loses_nothing_and_says_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _AT_ONCE, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    _, rows, _, _, code = read_run(tmp_path)
+    assert [row["loss"] for row in rows] == list(range(50))
+    assert code == 0
 
 
 def test_online_without_an_account_goes_offline_and_says_so(

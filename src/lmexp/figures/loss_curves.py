@@ -84,7 +84,7 @@ class LossCurves:
             if kind == "weighted":
                 total = axes.plot(*run.curve("loss", ""), color=INK, linestyle=(0, (4, 1.5)))
                 handles["total"] = total[0]
-            self._dress(axes, kind, last=row == 1)
+            self._dress(axes, kind, last=row == 1, indent=0.4)
         sheet.figure.legend(
             list(handles.values()),
             [name.replace("_", " ") for name in handles],
@@ -115,7 +115,7 @@ class LossCurves:
             for run, colour in zip(sweep.runs, colours, strict=True)
         ]
         total.set_title("total", pad=3)
-        self._dress(total, "", last=True)
+        self._dress(total, "", last=True, indent=0.3)
         for column, term in enumerate(sweep.terms, start=1):
             for row, kind in enumerate(("raw", "weighted")):
                 axes = sheet.add_axes(
@@ -126,7 +126,7 @@ class LossCurves:
                 )
                 for run, colour in zip(sweep.runs, colours, strict=True):
                     axes.plot(*run.curve(kind, term), color=colour, linewidth=0.9)
-                self._dress(axes, kind if column == 1 else "", last=row == 1)
+                self._dress(axes, kind if column == 1 else "", last=row == 1, indent=0.3)
                 if row == 0:
                     axes.set_title(term.replace("_", " "), pad=3)
         sheet.figure.legend(
@@ -142,7 +142,8 @@ class LossCurves:
         )
         return sheet.figure
 
-    def _dress(self, axes: Axes, label: str, *, last: bool) -> None:
+    @staticmethod
+    def _dress(axes: Axes, label: str, *, last: bool, indent: float) -> None:
         lines = [np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()]
         positive = [value for line in lines for value in line[line > 0]]
         if positive:
@@ -158,7 +159,7 @@ class LossCurves:
         axes.set_ylabel(label, va="bottom")
         # At a fixed place, so that the labels of a column of panels line up.
         width = axes.get_window_extent().width / axes.figure.dpi
-        axes.yaxis.set_label_coords(-0.34 / width, 0.5)
+        axes.yaxis.set_label_coords(-indent / width, 0.5)
         if last:
             axes.set_xlabel("step", labelpad=1)
         else:

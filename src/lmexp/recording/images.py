@@ -35,9 +35,22 @@ _CLOSED = {"left_eye", "right_eye", "outer_lip", "inner_lip"}
 
 def to_picture(image: Tensor) -> Picture:
     """image: [3, H, W], RGB in [-1, 1] (clamped) -> [H, W, 3], 0–255, rounded to nearest."""
-    levels = (image.detach().float().clamp(-1, 1) + 1) * 127.5
-    picture: Picture = levels.round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
+    # byte() cuts off: half a level more makes it round.
+    levels = (image.detach().float() * 127.5).add_(128).clamp_(0, 255).byte()
+    picture: Picture = levels.permute(1, 2, 0).contiguous().cpu().numpy()
     return picture
+
+
+def shrink(image: Tensor, side: int) -> Tensor:
+    """image: [3, R, R] -> [3, side, side], anti-aliased, on the image's own device.
+
+    Shrunk before it is converted and copied, a large image costs a tenth.
+    """
+    if image.shape[-1] == side:
+        return image
+    return torch.nn.functional.interpolate(
+        image.detach().float()[None], (side, side), mode="bicubic", antialias=True
+    )[0]
 
 
 def to_image(picture: Picture) -> Tensor:
@@ -103,9 +116,10 @@ def draw_landmarks(
 
     draw(rim, dict.fromkeys(GROUPS, (0, 0, 0, 150)))  # a dark rim: legible on any skin
     draw(0.0, {name: (*(colour or GROUP_COLOURS[name]), 255) for name in GROUPS})
-    small = overlay.resize((width, height), Image.Resampling.BOX)
-    blended = Image.alpha_composite(Image.fromarray(picture).convert("RGBA"), small)
-    return np.asarray(blended.convert("RGB"))
+    small = overlay.reduce(scale)
+    drawn = Image.fromarray(picture)
+    drawn.paste(small, mask=small)
+    return np.asarray(drawn)
 
 
 def join_panels(

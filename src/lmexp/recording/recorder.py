@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.recording.images import draw_landmarks, join_panels, resize, to_picture
+from lmexp.recording.images import draw_landmarks, join_panels, resize, shrink, to_picture
 from lmexp.recording.run_folder import Picture, RunFolder
 from lmexp.recording.state import State, load_state, save_state
 from lmexp.recording.tracker import Job, TrackedRun, Tracker
@@ -258,13 +258,12 @@ class Recorder:
         self, step: int, image: Tensor, landmarks: NDArray[np.float32] | None
     ) -> None:
         with self._optional("pictures"):
-            full = to_picture(image)
-            side = even(min(self.panel, full.shape[0]))
-            picture = resize(full, side)
+            side = _even(min(self.panel, image.shape[-1]))
+            picture = to_picture(shrink(image, side))
             scaled = (
                 np.full((68, 2), np.nan, dtype=np.float32)
                 if landmarks is None
-                else landmarks * (side / full.shape[0])
+                else landmarks * (side / image.shape[-1])
             )
             if step in self._frame_steps:
                 self.folder.frames_path.mkdir(exist_ok=True)
@@ -339,6 +338,6 @@ class Recorder:
             _log.warning("%s: %s left out (%s); the run goes on", self.job.label, part, said)
 
 
-def even(side: int) -> int:
+def _even(side: int) -> int:
     """The next even number at or below `side`, at least 2."""
     return max(2, side - side % 2)
