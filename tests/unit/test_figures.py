@@ -168,6 +168,28 @@ def test_a_long_triptych_takes_several_pages(weights: Path) -> None:
     assert [len(pictures(page)) for page in drawn.values()] == [8, 4]
 
 
+def test_long_grids_and_tables_take_several_pages(weights: Path) -> None:
+    sweep = read_sweep(weights)
+    drawn = draw(WeightsGrid(columns=3, rows=2), sweep)
+    assert list(drawn) == ["weights_grid_1", "weights_grid_2"]
+    assert [len(pictures(page)) for page in drawn.values()] == [6, 2]
+    drawn = draw(NmeTable(rows=4), sweep)
+    assert list(drawn) == ["nme_table_1", "nme_table_2"]
+    names = [[text for text in texts(page) if text in WEIGHTS] for page in drawn.values()]
+    assert names == [list(WEIGHTS[:4]), list(WEIGHTS[4:])]
+
+
+def test_a_lost_picture_costs_only_the_figures_that_show_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record_run(tmp_path / "run", video_frames=0)
+    (tmp_path / "run" / "proj.png").unlink()
+    stems = {path.stem for path in make_all(tmp_path / "run")}
+    assert stems == {"loss_curves", "nme_table"}
+    assert "triptych: not made" in caplog.text and "proj.png: missing" in caplog.text
+    assert "proj.png: missing" in refused(capsys, str(tmp_path / "run"), "--only", "triptych")
+
+
 def test_the_grid_shows_the_pair_once_and_every_projection(weights: Path) -> None:
     sweep = read_sweep(weights)
     figure = draw(WeightsGrid(), sweep)["weights_grid"]

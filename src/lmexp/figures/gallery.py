@@ -13,7 +13,7 @@ from lmexp.errors import LmexpError
 from lmexp.figures.paper import paper_style, save_figure
 from lmexp.figures.protocol import PaperFigure
 from lmexp.figures.runs import read_sweep
-from lmexp.recording.atomic_file import write_error
+from lmexp.recording.atomic_file import DiskFullError, write_error
 
 _log = logging.getLogger("lmexp.figures")
 
@@ -59,13 +59,20 @@ def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
     for name in figures if only is None else [only]:
         described = OmegaConf.to_container(OmegaConf.load(figures[name]))
         built: PaperFigure = Component.model_validate(described).build()
-        reason = built.why_not(sweep)
-        if reason and only is not None:
-            raise LmexpError(f"{name}: cannot be made of {folder}: {reason}")
-        if reason:
-            _log.info("%s: not made: %s", name, reason)
-            continue
-        with paper_style(built.font_size):
-            for stem, figure in built.draw(sweep):
-                written += save_figure(figure, out / stem)
+        try:
+            reason = built.why_not(sweep)
+            if reason and only is not None:
+                raise LmexpError(f"{name}: cannot be made of {folder}: {reason}")
+            if reason:
+                _log.info("%s: not made: %s", name, reason)
+                continue
+            with paper_style(built.font_size):
+                for stem, figure in built.draw(sweep):
+                    written += save_figure(figure, out / stem)
+        except DiskFullError:
+            raise
+        except LmexpError as error:
+            if only is not None:
+                raise
+            _log.warning("%s: not made: %s", name, error)  # the others may need less of the runs
     return written

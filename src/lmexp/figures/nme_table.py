@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from pydantic import Field
 
-from lmexp.figures.paper import GREY, INK, PAGE_WIDTH, Dpi, FontSize, Sheet, Width, wrap
+from lmexp.figures.paper import (
+    GREY,
+    INK,
+    PAGE_WIDTH,
+    Dpi,
+    FontSize,
+    Sheet,
+    Width,
+    split_pages,
+    wrap,
+)
 from lmexp.figures.runs import Sweep
 
 
@@ -19,6 +32,7 @@ class NmeTable:
     Args:
         width: of the figure, in.
         label_width: most of the width that the runs' names take, in.
+        rows: most runs on one page.
         font_size: pt.
         dpi: pixels an inch.
     """
@@ -27,11 +41,13 @@ class NmeTable:
         self,
         width: Width = PAGE_WIDTH,
         label_width: Width = 1.6,
+        rows: Annotated[int, Field(ge=1)] = 40,
         font_size: FontSize = 8,
         dpi: Dpi = 300,
     ) -> None:
         self.width = width
         self.label_width = label_width
+        self.rows = rows
         self.font_size = font_size
         self.dpi = dpi
 
@@ -40,22 +56,28 @@ class NmeTable:
         return "" if any(run.nme for run in sweep.runs) else "no run has its NME measured"
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
-        """Yield "nme_table"."""
+        """Yield "nme_table", or "nme_table_1", … if one page is not enough."""
         names = list(dict.fromkeys(name for run in sweep.runs for name in run.nme))
         groups = [name for name in names if name != "all"] + [
             name for name in names if name == "all"
         ]
         values = np.array([[run.nme.get(group, np.nan) for group in groups] for run in sweep.runs])
+        for stem, page in split_pages("nme_table", len(sweep.runs), self.rows):
+            yield stem, self._draw_page(sweep.labels, groups, values, page)
+
+    def _draw_page(
+        self, labels: Sequence[str], groups: Sequence[str], values: NDArray[np.float64], page: range
+    ) -> Figure:
         line = self.font_size / 72 * 1.25
         row_height = line + 0.07
-        longest = max(len(label) for label in sweep.labels)
+        longest = max(len(label) for label in labels)
         label_width = min(self.label_width, longest * self.font_size * 0.56 / 72 + 0.1)
         apart = 0.05  # sets the mean off from the groups
         cell = (self.width - label_width - apart) / len(groups)
         heads = ["\n".join(wrap(group.replace("_", " "), cell, self.font_size)) for group in groups]
         head = line * max(text.count("\n") + 1 for text in heads) + 0.05
         foot = line + 0.03
-        sheet = Sheet(self.width, head + len(sweep.runs) * row_height + foot, self.dpi)
+        sheet = Sheet(self.width, head + len(page) * row_height + foot, self.dpi)
         low, high = float(np.nanmin(values)), float(np.nanmax(values))
         shade = mpl.colors.Normalize(low, high if high > low else low + 1)
         # Its darker end would swallow the numbers.
@@ -66,8 +88,8 @@ class NmeTable:
         for column, text in enumerate(heads):
             left = label_width + column * cell + apart * (groups[column] == "all")
             sheet.add_text(text, left + cell / 2, head - 0.04, anchor="bottom")
-            for row in range(len(sweep.runs)):
-                value = float(values[row, column])
+            for row, index in enumerate(page):
+                value = float(values[index, column])
                 top = head + row * row_height
                 measured = bool(np.isfinite(value))
                 colour = colours(shade(value)) if measured else (0.95, 0.95, 0.95, 1.0)
@@ -81,7 +103,7 @@ class NmeTable:
                         linewidth=1.0,
                     )
                 )
-                bold = measured and len(sweep.runs) > 1 and value == best[column]
+                bold = measured and len(labels) > 1 and value == best[column]
                 sheet.add_text(
                     f"{value:.1f}" if measured else "–",
                     left + cell / 2,
@@ -89,12 +111,12 @@ class NmeTable:
                     weight="bold" if bold else "normal",
                     colour=INK,
                 )
-        for row, label in enumerate(sweep.labels):
-            (text,) = wrap(label, label_width, self.font_size, most=1)
+        for row, index in enumerate(page):
+            (text,) = wrap(labels[index], label_width, self.font_size, most=1)
             sheet.add_text(text, 0.0, head + (row + 0.5) * row_height, align="left")
         note = "NME to the expression, % of the distance of the outer eye corners"
-        if len(sweep.runs) > 1:
+        if len(labels) > 1:
             note += "; bold: best of the group"
         place = sheet.height - foot / 2 + 0.01
         sheet.add_text(note, self.width, place, align="right", size=self.font_size - 1, colour=GREY)
-        yield "nme_table", sheet.figure
+        return sheet.figure

@@ -186,6 +186,17 @@ def balance_columns(cells: int, most: int) -> int:
     return -(-cells // rows)
 
 
+def split_pages(stem: str, count: int, most: int) -> list[tuple[str, range]]:
+    """Share `count` things among pages of at most `most`: the page's stem and its things.
+
+    One page is `stem` itself, several are `stem`_1, `stem`_2, …
+    """
+    pages = [range(first, min(first + most, count)) for first in range(0, count, most)]
+    if len(pages) == 1:
+        return [(stem, pages[0])]
+    return [(f"{stem}_{number}", page) for number, page in enumerate(pages, start=1)]
+
+
 def wrap(text: str, width: float, font_size: float, *, most: int = 2) -> list[str]:
     """Break text at its spaces into at most `most` lines of about `width` inches.
 

@@ -122,8 +122,8 @@ class Sweep:
 
     def same_target(self, name: str) -> bool:
         """Whether the target picture `name` is the same in all runs."""
-        contents = {(run.folder.path / f"{name}.png").read_bytes() for run in self.runs}
-        return len(contents) == 1
+        first, *others = (run.folder.read_picture(name) for run in self.runs)
+        return all(np.array_equal(first, other) for other in others)
 
 
 def read_sweep(folder: Path) -> Sweep:

@@ -8,7 +8,16 @@ from typing import Annotated, Literal
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from lmexp.figures.paper import COLUMN_WIDTH, Dpi, FontSize, Sheet, Width, text_lines, wrap
+from lmexp.figures.paper import (
+    COLUMN_WIDTH,
+    Dpi,
+    FontSize,
+    Sheet,
+    Width,
+    split_pages,
+    text_lines,
+    wrap,
+)
 from lmexp.figures.runs import Sweep
 
 _NAMES = {
@@ -62,12 +71,7 @@ class Triptych:
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
         """Yield "triptych", or "triptych_1", "triptych_2", … if one page is not enough."""
-        pages = [
-            range(first, min(first + self.rows, len(sweep.runs)))
-            for first in range(0, len(sweep.runs), self.rows)
-        ]
-        for number, page in enumerate(pages, start=1):
-            stem = "triptych" if len(pages) == 1 else f"triptych_{number}"
+        for stem, page in split_pages("triptych", len(sweep.runs), self.rows):
             yield stem, self._draw_page(sweep, page)
 
     def _draw_page(self, sweep: Sweep, page: range) -> Figure:

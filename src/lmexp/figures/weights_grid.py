@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from matplotlib.figure import Figure
@@ -16,10 +16,12 @@ from lmexp.figures.paper import (
     Sheet,
     Width,
     balance_columns,
+    split_pages,
     text_lines,
     wrap,
 )
 from lmexp.figures.runs import Sweep
+from lmexp.recording.run_folder import Picture
 
 
 class WeightsGrid:
@@ -28,6 +30,7 @@ class WeightsGrid:
     Args:
         width: of the figure, in.
         columns: most pictures in a row.
+        rows: most rows on one page.
         scores: write each projection's landmark error under its label.
         font_size: pt.
         dpi: pixels an inch.
@@ -37,12 +40,14 @@ class WeightsGrid:
         self,
         width: Width = PAGE_WIDTH,
         columns: Annotated[int, Field(ge=2)] = 6,
+        rows: Annotated[int, Field(ge=1)] = 6,
         scores: bool = True,
         font_size: FontSize = 8,
         dpi: Dpi = 300,
     ) -> None:
         self.width = width
         self.columns = columns
+        self.rows = rows
         self.scores = scores
         self.font_size = font_size
         self.dpi = dpi
@@ -56,7 +61,7 @@ class WeightsGrid:
         return ""
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
-        """Yield "weights_grid"."""
+        """Yield "weights_grid", or "weights_grid_1", … if one page is not enough."""
         first = sweep.runs[0].folder
         cells = [
             (first.read_picture("target_look"), "look", ""),
@@ -65,8 +70,11 @@ class WeightsGrid:
         for run, label in zip(sweep.runs, sweep.labels, strict=True):
             score = f"NME {run.nme['all']:.1f} %" if self.scores and "all" in run.nme else ""
             cells.append((run.folder.read_picture("proj"), label, score))
-
         columns = balance_columns(len(cells), self.columns)
+        for stem, page in split_pages("weights_grid", len(cells), columns * self.rows):
+            yield stem, self._draw_page(cells[page.start : page.stop], columns)
+
+    def _draw_page(self, cells: Sequence[tuple[Picture, str, str]], columns: int) -> Figure:
         rows = -(-len(cells) // columns)
         gap = 0.04
         line = self.font_size / 72 * 1.22
@@ -87,4 +95,4 @@ class WeightsGrid:
             if score:
                 place = below + (len(wrapped) + 0.5) * line
                 sheet.add_text(score, left + side / 2, place, size=self.font_size - 1, colour=GREY)
-        yield "weights_grid", sheet.figure
+        return sheet.figure
