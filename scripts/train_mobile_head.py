@@ -34,7 +34,6 @@ from lmexp.weights import store
 
 NUM_WS = 1 + 2 * HEAD_DEPTH + ImageHead.num_ws
 HELD_OUT_SEED = 1_000_003
-EDGE_WEIGHT = 0.02
 EMA_DECAY = 0.999
 WARM_UP_STEPS = 200
 
@@ -169,6 +168,9 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument(
+        "--edge-weight", type=float, default=0.02, help="weight of the absolute gradient difference"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", type=int, default=128, help="latents of each kind")
     parser.add_argument("--eval-batch", type=int, default=8)
@@ -196,6 +198,7 @@ def main() -> None:
                 "minutes": arguments.minutes,
                 "batch": arguments.batch,
                 "lr": arguments.lr,
+                "edge_weight": arguments.edge_weight,
                 "width": width,
                 "steps": step,
                 "teacher_sha256": teacher.sha256,
@@ -221,7 +224,7 @@ def main() -> None:
         features, targets = teacher.render(ws)
         outputs = [head(features, ws[:, -ImageHead.num_ws :]) for head in heads]
         losses = [
-            F.mse_loss(images, targets) + EDGE_WEIGHT * edge_difference(images, targets)
+            F.mse_loss(images, targets) + arguments.edge_weight * edge_difference(images, targets)
             for images in outputs
         ]
         optimizer.zero_grad(set_to_none=True)
