@@ -189,6 +189,14 @@ def test_a_failed_job_keeps_its_last_good_state_and_its_reason(tmp_path: Path) -
     assert not ok and summary["reason"] == "loss is NaN"
 
 
+def test_a_job_may_fail_before_it_starts(tmp_path: Path) -> None:
+    job = Job(tmp_path / "sweep" / "run", "id", "label", None, {})
+    Recorder(job, NoTracker(), steps=5).fail("no face in look.jpg", step=0)
+    status = RunFolder(job.folder).read_status()
+    assert status is not None
+    assert status.describe() == "failed at step 0 of 5: no face in look.jpg"
+
+
 @pytest.mark.parametrize("method", ["open", "log", "log_pictures", "log_video", "finish"])
 def test_a_tracker_that_fails_is_named_once_and_costs_nothing_else(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, method: str

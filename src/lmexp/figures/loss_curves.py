@@ -104,7 +104,7 @@ class LossCurves:
         panels = len(sweep.terms) + 1
         across = (self.width - left - right - (panels - 1) * between) / panels
         columns = _legend_columns(sweep.labels, self.width)
-        legend = -(-len(sweep.runs) // columns) * line + 0.05
+        legend = -(-len(sweep.runs) // columns) * (self.font_size - 1) / 72 * 1.25 + 0.05
         tall = 2 * self.height + gap
         sheet = Sheet(self.width, head + tall + 2 * line + 0.06 + legend, self.dpi)
         colours = pick_colours(len(sweep.runs))

@@ -244,6 +244,7 @@ class Recorder:
         self._stop("interrupted", "", step, state)
 
     def _stop(self, how: str, reason: str, step: int, state: State | None) -> None:
+        self.folder.create()  # a job may fail before it starts
         if state is not None:
             self.save_state(step, state)
         if how == "failed":
