@@ -189,6 +189,21 @@ def test_a_failed_job_keeps_its_last_good_state_and_its_reason(tmp_path: Path) -
     assert not ok and summary["reason"] == "loss is NaN"
 
 
+def test_a_job_that_starts_again_goes_on_with_its_tracked_run(tmp_path: Path) -> None:
+    tracker = NotingTracker()
+    recorder = record_run(tmp_path / "run", stop_after=4, tracker=tracker)
+    photo = image_tensor(astronaut(64))
+    recorder.start(
+        look=photo,
+        expression=photo,
+        look_landmarks=face_landmarks(64),
+        expression_landmarks=face_landmarks(64),
+    )
+    assert len(tracker.named("open")) == 1
+    assert recorder.folder.read_metrics() == []
+    assert list(recorder.folder.frames_path.iterdir()) == []
+
+
 def test_a_job_may_fail_before_it_starts(tmp_path: Path) -> None:
     job = Job(tmp_path / "sweep" / "run", "id", "label", None, {})
     Recorder(job, NoTracker(), steps=5).fail("no face in look.jpg", step=0)

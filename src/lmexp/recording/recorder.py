@@ -120,8 +120,9 @@ class Recorder:
                 folder.write_picture(f"{name}_landmarks", draw_landmarks(image, points))
         with self._optional("video"):
             self._discard_frames(first_step)
-        with self._optional("tracker"):
-            self._tracked = self._tracker.open(self.job)
+        if self._tracked is None:  # a job that starts again in a smaller batch has its run open
+            with self._optional("tracker"):
+                self._tracked = self._tracker.open(self.job)
         self._mirror(lambda run: run.log_pictures(first_step, self._pictures("target")))
 
     def wants_image(self, step: int) -> bool:
@@ -285,6 +286,7 @@ class Recorder:
         for frame in self._frames():
             if int(frame.stem) >= first_step:
                 frame.unlink()
+                frame.with_suffix(".npy").unlink(missing_ok=True)
 
     def _write_video(self) -> None:
         frames = self._frames()
