@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.embedded import EmbeddedFan, build_fan, resize
-from lmexp.landmarks.fan import Fan
+from lmexp.landmarks.fan import CEILING, Fan
+from lmexp.landmarks.framing import ffhq_views, place, read_faces, resample, tight_views
 from lmexp.landmarks.protocol import HeatmapNetwork
+from lmexp.landmarks.score import score
 from lmexp.weights import store
 
 
@@ -70,6 +75,19 @@ def test_gradient_with_respect_to_the_image_is_exact() -> None:
     random = torch.Generator().manual_seed(3)
     image = torch.randn(1, 3, 8, 8, generator=random, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(network, (image,), eps=1e-6, atol=1e-6, fast_mode=True)
+
+
+def test_activations_saturate_so_that_no_patch_can_drown_the_face() -> None:
+    network = random_fan()
+    reached: list[float] = []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module is not network.stem:
+            module.register_forward_hook(
+                lambda _, inputs, __: reached.append(float(inputs[0].max()))
+            )
+    network(1e4 * torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(6)))
+    assert max(reached) == CEILING
+    assert len(reached) == sum(isinstance(m, torch.nn.Conv2d) for m in network.modules()) - 1
 
 
 def test_component_is_a_heatmap_network(weights: Path) -> None:
@@ -160,3 +178,30 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     broken.write_text(json.dumps({"no": "tensors"}))
     with pytest.raises(LmexpError, match=r"landmarks\.weights: .*broken.* can't be read"):
         EmbeddedFan(weights=str(broken))
+
+
+@pytest.mark.parametrize(("variant", "width", "limit"), [("slim", 128, 3.5e6), ("full", 256, 13e6)])
+def test_packaged_weights_are_sealed_and_small(
+    variant: Literal["slim", "full"], width: int, limit: float
+) -> None:
+    network = EmbeddedFan(variant)
+    assert network.network.heatmaps.weight.shape == (68, width, 1, 1)
+    assert network.weights_sha256 == store.load(f"fan_68_{variant}").sha256
+    assert store.load(f"fan_68_{variant}").path.stat().st_size < limit
+
+
+@pytest.mark.parametrize(("variant", "limit"), [("slim", 3.3), ("full", 3.15)])
+def test_packaged_weights_find_landmarks_of_real_faces(
+    variant: Literal["slim", "full"], limit: float
+) -> None:
+    data = os.environ.get("LMEXP_TEST_DATA")
+    if not data:
+        pytest.skip("LMEXP_TEST_DATA does not point at annotated faces")
+    images, reference = (part[::5] for part in read_faces(Path(data) / "helen_afw" / "val"))
+    network = EmbeddedFan(variant)
+    for views in (tight_views(reference), ffhq_views(reference)):
+        with torch.no_grad():
+            found = decode(network(resample(images.float() / 127.5 - 1, views, 256)), 256)
+        result = score(found, place(reference, views, 256))
+        assert result.nme < limit
+        assert result.failures == 0
