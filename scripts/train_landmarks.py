@@ -190,8 +190,8 @@ def gaussian_maps(points: Tensor, sigma: float) -> Tensor:
 def losses(heatmaps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error against Gaussians, heavier at their peaks, and the centroid's distance.
 
-    Squares alone are flat at the peak: the centroid is what decoding reads, so its error
-    is trained as well, in the same window, where the map has enough mass to have one.
+    Squares alone are flat at the peak, where decoding reads the fraction of a cell: so the
+    error of the centroid is trained as well, where the map has enough mass to have one.
     """
     heatmaps = heatmaps.float()
     targets = gaussian_maps(points, SIGMA)
