@@ -104,9 +104,10 @@ def crop(photo: Photo, affine: Affine, side: int) -> Crop:
     # From here on in px of the reduced photo.
     back = invert(affine) / shrink
     corners = transform(back, side * np.array([[0, 0], [1, 0], [1, 1], [0, 1]]))
-    # Two px more, for the reach of the cubic.
-    low = np.floor(corners.min(axis=0)).astype(int) - 2
-    high = np.ceil(corners.max(axis=0)).astype(int) + 2
+    # Two px more, for the reach of the cubic; and at least one px of the photo.
+    last = (np.array(photo.shape[1::-1]) - 1) // shrink
+    low = np.minimum(np.floor(corners.min(axis=0)).astype(int) - 2, last)
+    high = np.maximum(np.ceil(corners.max(axis=0)).astype(int) + 2, 1)
     region, bounds = _cut(photo, low, high, shrink, side * density / shrink)
     levels = torch.tensor(region).permute(2, 0, 1)[None].float()
 

@@ -19,6 +19,12 @@ from lmexp.faces.protocol import FaceBox, Photo
 MIN_FACE = 80
 """The side of the smallest face that the detector sees, in px of the picture it is given."""
 
+LEAST_SCORE = -0.3
+"""dlib's own threshold is 0: a face that several passes half see counts too."""
+
+SURE = 2.0
+"""Score of a face beside which the unsure ones are taken for chance."""
+
 MAX_MAGNIFICATION = 4.0
 """Small pictures are enlarged this much at most: fewer px than MIN_FACE / 4 are no face."""
 
@@ -69,7 +75,9 @@ STAGES: tuple[tuple[Pass, ...], ...] = (
 class DlibDetector:
     """A histogram-of-gradients face detector over several scales and turns of the photo.
 
-    The stages of `STAGES` are tried until one finds a face.
+    A face shows in several passes, what is none by chance in one: a box's score is the sum
+    over the passes of the score that dlib gave it above LEAST_SCORE. The stages of `STAGES`
+    add passes until a box has enough.
 
     Args:
         threshold: least score of a face; lower finds more faces and more that are none.
@@ -78,7 +86,7 @@ class DlibDetector:
     King, "Max-margin object detection", 2015 (arXiv 1502.00046).
     """
 
-    def __init__(self, threshold: Annotated[float, Field(ge=-0.5, le=3)] = 0.1) -> None:
+    def __init__(self, threshold: Annotated[float, Field(ge=0, le=10)] = 0.8) -> None:
         self.threshold = threshold
         self._find = dlib.get_frontal_face_detector()
 
@@ -86,9 +94,9 @@ class DlibDetector:
         """Find faces; see `FaceDetector.detect`."""
         grey = Image.fromarray(photo).convert("L")
         size = photo.shape[1], photo.shape[0]
+        boxes: list[FaceBox] = []
         done: set[tuple[float, Pass]] = set()
         for stage in STAGES:
-            boxes: list[FaceBox] = []
             for look in stage:
                 scale = magnification(size, look)
                 # Of a small picture, passes that only differ in side are the same.
@@ -96,8 +104,11 @@ class DlibDetector:
                 if key not in done:
                     done.add(key)
                     boxes += self._look(grey, look, scale)
-            if boxes:
-                return rank(merge(boxes), size)
+            faces = [face for face in merge(boxes) if face.score >= self.threshold]
+            if any(face.score >= SURE for face in faces):
+                faces = [face for face in faces if face.score >= SURE]
+            if faces:
+                return rank(faces, size)
         return []
 
     def _look(self, grey: Image.Image, look: Pass, scale: float) -> Iterator[FaceBox]:
@@ -111,7 +122,7 @@ class DlibDetector:
         turned = np.asarray(
             Image.fromarray(picture).rotate(look.angle, Image.Resampling.BILINEAR, expand=True)
         )
-        rectangles, scores, _ = self._find.run(turned, 0, self.threshold)
+        rectangles, scores, _ = self._find.run(turned, 0, LEAST_SCORE)
         # About the picture's middle, `rotate` turns counter-clockwise: go back clockwise.
         cos, sin = math.cos(math.radians(look.angle)), math.sin(math.radians(look.angle))
         for rectangle, score in zip(rectangles, scores, strict=True):
@@ -125,7 +136,7 @@ class DlibDetector:
                 top=middle_y - half,
                 right=middle_x + half,
                 bottom=middle_y + half,
-                score=float(score),
+                score=float(score) - LEAST_SCORE,
                 angle=look.angle,
             )
 
@@ -154,12 +165,16 @@ def equalise(picture: NDArray[np.uint8], local: bool) -> NDArray[np.uint8]:
 
 
 def merge(boxes: Iterable[FaceBox]) -> list[FaceBox]:
-    """One box a face: of boxes that overlap by much, the surest stays."""
-    kept: list[FaceBox] = []
+    """One box a face: where boxes overlap by much, the surest, with the sum of the scores."""
+    groups: list[list[FaceBox]] = []
     for box in sorted(boxes, key=lambda box: -box.score):
-        if all(overlap(box, other) < 0.3 for other in kept):
-            kept.append(box)
-    return kept
+        for group in groups:
+            if overlap(box, group[0]) > 0.3:
+                group.append(box)
+                break
+        else:
+            groups.append([box])
+    return [replace(group[0], score=sum(box.score for box in group)) for group in groups]
 
 
 def overlap(first: FaceBox, second: FaceBox) -> float:
@@ -172,9 +187,9 @@ def overlap(first: FaceBox, second: FaceBox) -> float:
 def rank(boxes: Sequence[FaceBox], size: tuple[int, int]) -> list[FaceBox]:
     """Put the face that the photo is of first.
 
-    Boxes are compared by their side, which counts half in the photo's corner, and less where
-    the detector is unsure: its sizes come in steps of a fifth, so size alone would choose at
-    random between two people who stand side by side.
+    Boxes are compared by their side, which counts less towards the photo's corners and where
+    the detector is less sure (cut, turned or blurred faces): its sizes come in steps of a
+    fifth, so size alone would choose at random between two people who stand side by side.
 
     Args:
         boxes: faces.
@@ -184,7 +199,7 @@ def rank(boxes: Sequence[FaceBox], size: tuple[int, int]) -> list[FaceBox]:
     def prominence(box: FaceBox) -> float:
         x, y = box.centre
         distance = math.hypot(x - size[0] / 2, y - size[1] / 2) / math.hypot(*size) * 2
-        sure = min(max(box.score, 0.0) + 0.5, 1.0)
-        return box.side * (1 - 0.5 * min(distance, 1.0)) * sure
+        sure = min(0.5 + box.score / 12, 1.0)
+        return box.side * (1 - 0.6 * min(distance, 1.0)) * sure
 
     return sorted(boxes, key=prominence, reverse=True)

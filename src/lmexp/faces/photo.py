@@ -12,7 +12,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from lmexp.errors import LmexpError
 from lmexp.faces.protocol import Photo
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "PPM", "JPEG2000")
 """What is opened; Pillow knows more, of which some start another program."""
 
 NAMES = "JPEG, PNG, WebP, AVIF, TIFF, BMP or GIF"

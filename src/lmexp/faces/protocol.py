@@ -53,7 +53,7 @@ class FaceDetector(Protocol):
             photo: [H, W, 3], RGB.
 
         Returns:
-            The faces, the one that the photo is of first: the largest, of faces of about
-            the same size the most central. Empty if there is none.
+            The faces, the one that the photo is of first: the largest, unless one of about
+            its size is more central or clearer. Empty if there is none.
         """
         ...
