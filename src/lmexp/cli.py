@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.plugins import Plugins
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lmexp.composition import conf_folder, explain
 from lmexp.config import validate
 from lmexp.errors import LmexpError
+from lmexp.figures.gallery import make_all
 from lmexp.launching.batch_launcher import BatchLauncher
 from lmexp.report import exit_code, print_outcomes
 from lmexp.runner import Request, run
@@ -37,12 +39,20 @@ def main() -> None:
 
 
 def _run_one(composed: DictConfig) -> None:
-    config = validate(composed)
-    outcomes = run([Request(config)], Path(config.output_dir))
-    print_outcomes(outcomes)
-    sys.exit(exit_code(outcomes))
+    # Ends by SystemExit: Hydra writes lines of its own about any other exception.
+    try:
+        config = validate(composed)
+        outcome = run([Request(config)], Path(config.output_dir))[0]
+    except LmexpError as error:
+        _stop(str(error))
+    if outcome.folder is None:  # an input that could not even be named
+        _stop(outcome.reason)
+    if outcome.state == "finished":
+        make_all(outcome.folder, config.figure)
+    print_outcomes([outcome])
+    sys.exit(exit_code([outcome]))
 
 
-def _stop(line: str) -> None:
+def _stop(line: str) -> NoReturn:
     print(f"lmexp: {line}", file=sys.stderr)
     sys.exit(2)

@@ -114,6 +114,8 @@ class Inputs(Schema):
     expression: Annotated[str, Field(min_length=1)]
     face: Annotated[int, Field(ge=0)] | tuple[int | None, int | None] | None
     """Which face of a photo with several, 0 the largest; one number or [look, expression]."""
+    lay_over: bool
+    """Bring the expression's eyes and nose bridge onto the look's first; see `faces.agreement`."""
 
     def face_of(self, role: Literal["look", "expression"]) -> int | None:
         if isinstance(self.face, tuple):

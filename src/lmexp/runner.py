@@ -21,6 +21,7 @@ from torch import Tensor
 from lmexp import inputs
 from lmexp.config import Experiment, Optimizer, digest
 from lmexp.errors import LmexpError
+from lmexp.faces.agreement import lay_over
 from lmexp.faces.targets import AlignedFace, align_photo
 from lmexp.inputs import Source
 from lmexp.landmarks import groups
@@ -251,6 +252,8 @@ class _Session:
             except LmexpError as error:
                 self._fail(index, job, str(error))
                 continue
+            if job.config.inputs.lay_over:
+                expression = lay_over(expression, look)
             job.faces = (look, expression)
             yield index, job
 
@@ -473,7 +476,7 @@ class _Session:
             def follow(step: Step) -> None:
                 nonlocal states
                 states = step.states
-                bar.update(step.step, {name: float(v.mean()) for name, v in step.losses.raw.items()})
+                bar.update(step.step, {name: float(v.detach().mean()) for name, v in step.losses.raw.items()})
                 if self.stop.requested:
                     raise Interrupted
 

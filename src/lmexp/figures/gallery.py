@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-import lmexp
+from lmexp.composition import conf_folder
 from lmexp.config import Component
 from lmexp.errors import LmexpError
 from lmexp.figures.paper import paper_style, save_figure
@@ -18,17 +19,19 @@ from lmexp.recording.atomic_file import DiskFullError, write_error
 _log = logging.getLogger("lmexp.figures")
 
 
-def list_figures() -> dict[str, Path]:
-    """Name -> yaml of every figure: the files of conf/figure."""
-    package = Path(lmexp.__file__).parent
-    # Inside the installed package, or beside src in a checkout.
-    for conf in (package / "conf", package.parent.parent / "conf"):
-        if (conf / "figure").is_dir():
-            return {path.stem: path for path in sorted((conf / "figure").glob("*.yaml"))}
-    raise LmexpError(f"{package}: its conf folder is missing; install lmexp again")
+def list_figures() -> dict[str, Component]:
+    """Every figure there is, by name: the files of conf/figure with their own settings."""
+    found: dict[str, Component] = {}
+    for path in sorted((conf_folder() / "figure").glob("*.yaml")):
+        described = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(described, dict)
+        found |= {str(name): Component.model_validate(node) for name, node in described.items()}
+    return found
 
 
-def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
+def make_all(
+    folder: Path, figures: Mapping[str, Component] | None = None, *, only: str | None = None
+) -> list[Path]:
     """Make the figures of a run's or a sweep's folder, in its own `figures` folder.
 
     Unfinished runs are left out, and a figure that says nothing about these runs is
@@ -36,6 +39,7 @@ def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
 
     Args:
         folder: a run's folder, or a sweep's with its index.json.
+        figures: which ones, by name; None: all of `list_figures`.
         only: name of the only figure to make.
 
     Returns:
@@ -44,7 +48,7 @@ def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
     Raises:
         LmexpError: there is no finished run, no such figure, or it cannot be made of these runs.
     """
-    figures = list_figures()
+    figures = list_figures() if figures is None else figures
     if only is not None and only not in figures:
         raise LmexpError(f"--only {only}: no such figure; choose from {', '.join(figures)}")
     sweep = read_sweep(folder)
@@ -57,8 +61,7 @@ def make_all(folder: Path, *, only: str | None = None) -> list[Path]:
         raise write_error(out, error) from error
     written: list[Path] = []
     for name in figures if only is None else [only]:
-        described = OmegaConf.to_container(OmegaConf.load(figures[name]))
-        built: PaperFigure = Component.model_validate(described).build()
+        built: PaperFigure = figures[name].build()
         try:
             reason = built.why_not(sweep)
             if reason and only is not None:

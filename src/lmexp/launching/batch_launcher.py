@@ -42,7 +42,7 @@ class BatchLauncher(Launcher):  # type: ignore[misc]
         outcomes = run(requests, folder, sweep=folder.name)
         write_index(folder, name, outcomes)
         if any(outcome.state in ("finished", "skipped") for outcome in outcomes):
-            make_all(folder)
+            make_all(folder, requests[0].config.figure)
         print_outcomes(outcomes, folder)
         if code := exit_code(outcomes):
             sys.exit(code)

@@ -1,0 +1,74 @@
+"""Each mistake on the command line: one line, which names the key and the way out; no work done."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmexp import cli
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["lmexp", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optimizer.stepz=3"], ["optimizer.stepz", "did you mean 'steps'"]),
+        (["optimiser.steps=3"], ["optimiser.steps", "no such key", "did you mean 'optimizer'"]),
+        (["generator=mobile_265"], ["generator=mobile_265", "mobile_256", "mobile_1024"]),
+        (["loss=[lpipz]"], ["loss=lpipz", "did you mean 'lpips'"]),
+        (["+sweep=wieghts"], ["sweep=wieghts", "did you mean 'weights'"]),
+        (["loss.lpips.weight=-1"], ["loss.lpips.weight", "greater than or equal to 0", "-1"]),
+        (["loss.lpips.weight=heavy"], ["loss.lpips.weight", "number", "heavy"]),
+        (["loss.landmarks.norm=l3"], ["loss.landmarks.norm", "'l1' or 'l2'", "l3"]),
+        (["+loss.lpips.wieght=1"], ["loss.lpips.wieght", "did you mean 'weight'"]),
+        (["optimizer.steps=0"], ["optimizer.steps", "greater than or equal to 1"]),
+        (["optimizer.steps=1.5"], ["optimizer.steps", "integer", "1.5"]),
+        (["landmark_weights.jaw=-0.1"], ["landmark_weights.jaw", "greater than or equal to 0"]),
+        (["landmark_weights.lips=1"], ["landmark_weights.lips", "outer_lip", "inner_lip"]),
+        (["landmark_weights=smile"], ["landmark_weights=smile", "uniform", "mouth"]),
+        (["latent.space=z"], ["latent.space", "'w' or 'w_plus'"]),
+        (["hardware.device=tpu"], ["hardware.device", "cpu, cuda"]),
+        (["inputs=photos"], ["inputs", "look"]),
+        (["inputs.look=missing.jpg"], ["inputs.look", "missing.jpg", "no file"]),
+        (["inputs.look=generated:x"], ["inputs.look", "generated:7"]),
+        (["inputs.look=sample:moon"], ["inputs.look", "astronaut"]),
+        (["loss.lpips.weight=0", "loss.landmarks.weight=0", "loss.prior.weight=0", "loss.noise.weight=0"], ["nothing to optimise"]),
+        (["steps"], ["steps"]),
+        (["seed=-1"], ["seed", "greater than or equal to 0"]),
+        (["+optimizer.steps=3"], ["optimizer.steps", "without the +"]),
+    ],
+    ids=lambda value: " ".join(value)[:50],
+)
+def test_one_line(
+    words: list[str],
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = fail(monkeypatch, capsys, *words)
+    for part in said:
+        assert part in line, line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_in_a_sweep_names_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = fail(monkeypatch, capsys, "-m", "optimizer.steps=5,0")
+    assert "job 2" in line and "optimizer.steps=0" in line
