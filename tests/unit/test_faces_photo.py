@@ -122,6 +122,25 @@ def test_an_unreadable_orientation_note_is_ignored(
     assert np.array_equal(read_photo(tmp_path / "photo.png"), np.asarray(scene()))
 
 
+@pytest.mark.parametrize(
+    "name", ["a.jpg", "a.webp", "a.avif", "a.tiff", "a.bmp", "a.ppm", "a.jp2", "a.jpg.png"]
+)
+def test_formats_are_read(tmp_path: Path, name: str) -> None:
+    scene().save(tmp_path / name)
+    photo = read_photo(tmp_path / name)
+    assert photo.shape == (40, 60, 3)
+    assert photo[30, 15, 0] > 150 > 60 > photo[30, 15, 2]
+
+
+def test_of_several_pictures_in_a_file_the_first_is_taken(tmp_path: Path) -> None:
+    flipped = [scene().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    scene().save(tmp_path / "two.jpg", "MPO", save_all=True, append_images=flipped)
+    scene().save(tmp_path / "two.webp", save_all=True, append_images=flipped)
+    for name in ("two.jpg", "two.webp"):
+        photo = read_photo(tmp_path / name)
+        assert photo[30, 15, 0] > 150 > 60 > photo[30, 15, 2]
+
+
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
