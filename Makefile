@@ -24,7 +24,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	touch $@
 
 weights:
-	$(BIN)/python -m lmexp.weights fetch
+	$(BIN)/python -m lmexp.weights fetch mobile_stylegan_ffhq stlpips_alex
 
 lint: setup
 	$(BIN)/ruff check --fix .
