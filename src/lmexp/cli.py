@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -18,7 +17,6 @@ from lmexp.composition import conf_folder, explain
 from lmexp.config import validate
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
-from lmexp.launching.batch_launcher import BatchLauncher
 from lmexp.report import exit_code, print_outcomes
 from lmexp.runner import Request, run
 
@@ -28,7 +26,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lmexp").setLevel(logging.INFO)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line is ours to write
-    Plugins.instance().register(BatchLauncher)
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
     try:
         decorate(_run_one)()

@@ -108,7 +108,7 @@ class Hardware(Schema):
 
 
 class Inputs(Schema):
-    """The two photos: a path, `sample:astronaut`, or `generated:SEED` for a face of the generator."""
+    """Two photos, each a path, `sample:astronaut`, or `generated:SEED` (the generator's own)."""
 
     look: Annotated[str, Field(min_length=1)]
     expression: Annotated[str, Field(min_length=1)]
@@ -193,11 +193,13 @@ def digest(plain: Any) -> str:
 def validate(composed: DictConfig) -> Experiment:
     """Check a composed config; raises `LmexpError` with one line on the first fault."""
     try:
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        # A sweep's configs carry all of Hydra's own, in parts unresolvable.
+        ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        composed_plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise LmexpError(f"config: {str(error).splitlines()[0]}") from error
-    assert isinstance(plain, dict)
-    plain.pop("hydra", None)
+    assert isinstance(composed_plain, dict)
+    plain = {str(key): value for key, value in composed_plain.items()}
     try:
         return Experiment.model_validate_json(json.dumps(plain))
     except ValidationError as error:

@@ -1,16 +1,14 @@
-"""Hydra's sweeper names the jobs; this launcher hands all of them to the runner at once."""
+"""A sweep: jobs from Hydra's sweeper, run as batches, with an index and figures at the end."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides, setup_globals
-from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext, TaskFunction
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import DictConfig, open_dict
 
 from lmexp.config import digest, validate
@@ -20,50 +18,55 @@ from lmexp.report import exit_code, print_outcomes
 from lmexp.runner import Outcome, Request, run
 
 
-class BatchLauncher(Launcher):  # type: ignore[misc]
-    """Runs a sweep as batches in this process; see `lmexp.runner.run`."""
+def launch(
+    config_loader: ConfigLoader,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    initial_job_idx: int,
+) -> list[JobReturn]:
+    """Check every job's config, then run them all; see `lmexp.runner.run`.
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
-    ) -> None:
-        self._context = hydra_context
-        self._config = config
+    Ends the process with the sweep's exit code if a job did not finish.
 
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Run every job; ends the process with the sweep's exit code if one did not finish."""
-        setup_globals()
-        requests = [self._compose(overrides, initial_job_idx + k) for k, overrides in enumerate(job_overrides)]
-        name = self._config.hydra.runtime.choices.get("sweep") or "multirun"
-        identity = digest([request.config.identity({}) for request in requests])[:8]
-        folder = Path(requests[0].config.output_dir) / f"{name}-{identity}"
-        folder.mkdir(parents=True, exist_ok=True)
-        outcomes = run(requests, folder, sweep=folder.name)
-        write_index(folder, name, outcomes)
-        if any(outcome.state in ("finished", "skipped") for outcome in outcomes):
-            make_all(folder, requests[0].config.figure)
-        print_outcomes(outcomes, folder)
-        if code := exit_code(outcomes):
-            sys.exit(code)
-        return [
-            JobReturn(
-                overrides=list(overrides),
-                status=JobStatus.COMPLETED,
-                _return_value=outcome.summary,
-            )
-            for overrides, outcome in zip(job_overrides, outcomes, strict=True)
-        ]
+    Raises:
+        LmexpError: a job's config is wrong; no job has then been started.
+    """
+    requests = [
+        _compose(config_loader, config, overrides, initial_job_idx + k)
+        for k, overrides in enumerate(job_overrides)
+    ]
+    name = config.hydra.runtime.choices.get("sweep") or "multirun"
+    identity = digest([request.config.identity({}) for request in requests])[:8]
+    folder = Path(requests[0].config.output_dir) / f"{name}-{identity}"
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = run(requests, folder, sweep=folder.name)
+    write_index(folder, name, outcomes)
+    if any(outcome.state in ("finished", "skipped") for outcome in outcomes):
+        make_all(folder, requests[0].config.figure)
+    print_outcomes(outcomes, folder)
+    if code := exit_code(outcomes):
+        sys.exit(code)
+    return [
+        JobReturn(
+            overrides=list(overrides),
+            status=JobStatus.COMPLETED,
+            _return_value=outcome.summary,
+        )
+        for overrides, outcome in zip(job_overrides, outcomes, strict=True)
+    ]
 
-    def _compose(self, overrides: Sequence[str], number: int) -> Request:
-        composed = self._context.config_loader.load_sweep_config(self._config, list(overrides))
-        with open_dict(composed):
-            composed.hydra.job.id = composed.hydra.job.num = number
-        varied = _varied(overrides, self._config)
-        try:
-            return Request(validate(composed), tuple(varied))
-        except LmexpError as error:
-            raise LmexpError(f"job {number + 1} ({' '.join(varied)}): {error}") from error
+
+def _compose(
+    config_loader: ConfigLoader, config: DictConfig, overrides: Sequence[str], number: int
+) -> Request:
+    composed = config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(composed):
+        composed.hydra.job.id = composed.hydra.job.num = number
+    varied = _varied(overrides, config)
+    try:
+        return Request(validate(composed), tuple(varied))
+    except LmexpError as error:
+        raise LmexpError(f"job {number + 1} ({' '.join(varied)}): {error}") from error
 
 
 def _varied(overrides: Sequence[str], config: DictConfig) -> list[str]:
@@ -87,4 +90,4 @@ def write_index(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
     path = folder / "index.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"name": name, "jobs": jobs}, indent=2) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from lmexp.errors import LmexpError
 from lmexp.weights import packaging, registry, store
@@ -31,21 +30,17 @@ def _state(entry: Entry) -> str:
 
 def list_weights(console: Console) -> int:
     """Print the registry with what is on disk."""
-    table = Table(title=f"weights; cache: {store.cache_folder()}", title_justify="left")
-    for column in ("name", "purpose", "MB", "from", "licence", "source", "state"):
-        table.add_column(column, overflow="fold")
+    console.print(f"cache: {store.cache_folder()}", soft_wrap=True)
     for entry in registry.ENTRIES.values():
         state = _state(entry)
-        table.add_row(
-            entry.name,
-            entry.purpose,
-            f"{entry.megabytes:g}",
-            _origin(entry),
-            entry.licence,
-            entry.source,
-            state if state in ("ready", "absent") else "damaged",
+        state = state if state in ("ready", "absent") else "damaged"
+        console.print(
+            f"\n{entry.name:22}{state:9}{entry.megabytes:5g} MB  from {_origin(entry)}\n"
+            f"  {entry.purpose}\n  licence: {entry.licence}\n  source: {entry.source}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
-    console.print(table)
     return 0
 
 
