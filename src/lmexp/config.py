@@ -139,6 +139,9 @@ class Experiment(Schema):
 
     generator: Component
     landmarks: Component
+    judge: Component
+    """The landmark network that measures the result; another one than `landmarks`, so that the
+    number is not what was optimised."""
     detector: Component
     loss: dict[str, Component]
     landmark_weights: LandmarkWeights
@@ -165,11 +168,11 @@ class Experiment(Schema):
     def identity(self, photo_digests: Mapping[str, str]) -> str:
         """The hash that names the run: what the result depends on, and nothing else.
 
-        Device, tracker, figures, recording and paths are left out; photos count by their
+        Device, judge, tracker, figures, recording and paths are left out; photos count by their
         content.
         """
         plain = self.plain()
-        for key in ("hardware", "tracker", "figure", "recording", "output_dir"):
+        for key in ("hardware", "judge", "tracker", "figure", "recording", "output_dir"):
             del plain[key]
         plain["inputs"] |= dict(photo_digests)
         return digest(plain)[:12]

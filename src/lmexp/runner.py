@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,10 @@ from lmexp.errors import LmexpError
 from lmexp.faces.agreement import lay_over
 from lmexp.faces.targets import AlignedFace, align_photo
 from lmexp.inputs import Source
+from lmexp.inversion import InversionStore, invert
 from lmexp.landmarks import groups
 from lmexp.landmarks.decoding import decode
+from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import Latents, expand, start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets
@@ -36,11 +38,10 @@ from lmexp.recording.images import to_picture
 from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
-from lmexp.recording.state import load_state, save_state
 from lmexp.recording.tracker import Job as TrackedJob
 from lmexp.recording.tracker import Tracker
 from lmexp.schedule import Schedule
-from lmexp.stopping import StopRequest, listen
+from lmexp.stopping import Interrupted, StopRequest, listen
 from lmexp.workbench import Workbench
 
 log = logging.getLogger("lmexp")
@@ -71,10 +72,6 @@ class Outcome:
     folder: Path | None = None
     reason: str = ""
     summary: dict[str, Any] | None = None
-
-
-class Interrupted(Exception):
-    """The user asked to stop; states are saved."""
 
 
 @dataclass
@@ -224,7 +221,10 @@ class _Session:
             for index, job in members:
                 if index not in self.outcomes:
                     self.outcomes[index] = Outcome(
-                        job.request, "interrupted", job.folder, "stopped while its look was inverted"
+                        job.request,
+                        "interrupted",
+                        job.folder,
+                        "stopped while its look was inverted",
                     )
         except torch.cuda.OutOfMemoryError:
             left = [(index, job) for index, job in members if index not in self.outcomes]
@@ -313,9 +313,7 @@ class _Session:
         states = [job.state for job in jobs]
         resume = None if None in states else [state for state in states if state is not None]
         title = job_title(self.done + 1, len(jobs), self.total)
-        with ProgressBar(
-            config.optimizer.steps, first_step=jobs[0].first_step, title=title
-        ) as bar:
+        with ProgressBar(config.optimizer.steps, first_step=jobs[0].first_step, title=title) as bar:
             follow = _Follower(members, self, bar)
             final = project(
                 context,
@@ -339,6 +337,7 @@ class _Session:
         began: float,
     ) -> None:
         generator = context.generator
+        judge: HeatmapNetwork = self.bench.module(members[0][1].config.judge)
         for k, (index, job) in enumerate(members):
             self.done += 1
             if index in self.outcomes:  # it failed on the way
@@ -348,7 +347,8 @@ class _Session:
             with torch.no_grad():
                 image = generator.synthesis(ws, noise_bufs)
                 landmarks = decode(context.heatmap_network(image), generator.resolution)
-            errors = nme(landmarks, _row(targets.expression_landmarks, k)[None])
+                wanted = _row(targets.expression, k)[None]
+                errors = nme(*(decode(judge(x), generator.resolution) for x in (image, wanted)))
             summary = {
                 "label": job.label,
                 "overrides": list(job.request.overrides),
@@ -357,7 +357,9 @@ class _Session:
                 "seed": job.config.seed,
                 "losses": follow.last_losses(k),
                 "nme": {group: float(value) for group, value in errors.items()},
-                "nme_judge": "the landmark network that was optimised against",
+                "nme_judge_sha256": judge.weights_sha256,
+                "nme_judge_independent": judge.weights_sha256
+                != context.heatmap_network.weights_sha256,
                 # The batch's wall clock: a job's own share of a batch cannot be measured.
                 "seconds": time.monotonic() - began,
                 "batch_size": len(members),
@@ -367,6 +369,7 @@ class _Session:
                 "weights_sha256": {
                     "generator": generator.weights_sha256,
                     "landmarks": context.heatmap_network.weights_sha256,
+                    **self._term_weights(job.config),
                 },
             }
             job.recorder.finish(
@@ -376,9 +379,17 @@ class _Session:
                 noise_bufs=[noise[0] for noise in noise_bufs],
                 summary=summary,
             )
-            self.outcomes[index] = Outcome(
-                job.request, "finished", job.folder, summary=summary
-            )
+            self.outcomes[index] = Outcome(job.request, "finished", job.folder, summary=summary)
+
+    def _term_weights(self, config: Experiment) -> dict[str, str]:
+        """Digests of the networks that loss terms in use have loaded."""
+        used = {
+            name: term
+            for name, term in self.bench.terms(config).items()
+            if config.loss[name].keywords.get("weight", term.weight) > 0
+        }
+        found = {name: getattr(term, "weights_sha256", None) for name, term in used.items()}
+        return {f"loss.{name}": sha256 for name, sha256 in found.items() if sha256}
 
     def _targets(self, jobs: Sequence[_Job]) -> Targets:
         faces = [job.faces for job in jobs if job.faces is not None]
@@ -389,16 +400,19 @@ class _Session:
             look=torch.stack([face.tensor() for face in looks]).to(device),
             look_landmarks=torch.stack([face.landmarks_tensor() for face in looks]).to(device),
             expression=torch.stack([face.tensor() for face in expressions]).to(device),
-            expression_landmarks=torch.stack(
-                [face.landmarks_tensor() for face in expressions]
-            ).to(device),
+            expression_landmarks=torch.stack([face.landmarks_tensor() for face in expressions]).to(
+                device
+            ),
             landmark_weights=torch.stack(weights).to(device),
         )
 
     def _objective(self, jobs: Sequence[_Job], context: Context, targets: Targets) -> Objective:
         terms = self.bench.terms(jobs[0].config)
         weights = [
-            {name: job.config.loss[name].keywords.get("weight", term.weight) for name, term in terms.items()}
+            {
+                name: job.config.loss[name].keywords.get("weight", term.weight)
+                for name, term in terms.items()
+            }
             for job in jobs
         ]
         return Objective.bind(terms, weights, context, targets)
@@ -417,88 +431,63 @@ class _Session:
         )
         if config.latent.start == "mean":
             return mean, None
-        keys = [self._inversion_key(job) for job in jobs]
-        firsts = {key: keys.index(key) for key in dict.fromkeys(keys)}
-        stored = {key: self._inversion_file(key) for key in firsts}
-        missing = [k for key, k in firsts.items() if not stored[key].exists()]
-        if missing:
-            self._invert([jobs[k] for k in missing], missing, mean, context, targets, stored, keys)
-        rows = [load_state(stored[key], self.bench.device) for key in keys]
-        ws = torch.stack([_tensor(row["parameter_0"]) for row in rows])
-        noise_bufs = tuple(
-            torch.stack([_tensor(row[f"parameter_{i + 1}"]) for row in rows])
-            for i in range(len(mean.noise_bufs))
+        start = invert(
+            [self._inversion_key(job) for job in jobs],
+            mean,
+            _schedule(config.latent.inversion),
+            seeds=[job.config.seed for job in jobs],
+            context=context,
+            bind=lambda rows: self._look_objective(jobs, rows, context, targets),
+            store=InversionStore(
+                Path(config.output_dir) / ".inversions", config.recording.save_every_seconds
+            ),
+            stop=self.stop,
         )
         with torch.no_grad():
             images = torch.cat(
                 [
                     context.generator.synthesis(
-                        expand(ws[k : k + 1], context.generator.num_ws),
-                        tuple(noise[k : k + 1] for noise in noise_bufs),
+                        expand(start.ws[k : k + 1], context.generator.num_ws),
+                        tuple(noise[k : k + 1] for noise in start.noise_bufs),
                     )
                     for k in range(len(jobs))
                 ]
             )
-        return Latents(ws=ws, noise_bufs=noise_bufs), images
+        return start, images
+
+    def _look_objective(
+        self, jobs: Sequence[_Job], rows: Sequence[int], context: Context, targets: Targets
+    ) -> Objective:
+        """The objective of some jobs' looks alone."""
+        chosen = list(rows)
+        looks = Targets(look=targets.look[chosen], look_landmarks=targets.look_landmarks[chosen])
+        objective = self._objective([jobs[row] for row in rows], context, looks)
+        if not objective.names:
+            raise LmexpError(
+                "latent.start: inversion needs a loss term of the look with weight > 0, such as "
+                "lpips; or start at the mean"
+            )
+        return objective
 
     def _inversion_key(self, job: _Job) -> str:
         """Equal for jobs whose looks are inverted in the same way: one inversion serves them."""
         plain = job.config.plain()
         terms = self.bench.terms(job.config)
-        used = {name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression}
+        used = {
+            name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression
+        }
         parts = [plain["generator"], plain["latent"], used, job.config.seed, job.look.digest]
-        return digest([*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")])
-
-    def _inversion_file(self, key: str) -> Path:
-        return self.root / ".inversions" / f"{key[:24]}.safetensors"
-
-    def _invert(
-        self,
-        jobs: Sequence[_Job],
-        rows: Sequence[int],
-        mean: Latents,
-        context: Context,
-        targets: Targets,
-        stored: dict[str, Path],
-        keys: Sequence[str],
-    ) -> None:
-        """Project onto the looks alone, each from the mean, and store the latents."""
-        looks = Targets(look=targets.look[rows], look_landmarks=targets.look_landmarks[rows])
-        objective = self._objective(jobs, context, looks)
-        if not objective.names:
-            raise LmexpError(
-                "latent.start: inversion needs a loss term of the look with weight > 0, such as lpips"
-            )
-        schedule = _schedule(jobs[0].config.latent.inversion)
-        states: Callable[[int], State] | None = None
-        with ProgressBar(schedule.steps, title="inverting the look") as bar:
-
-            def follow(step: Step) -> None:
-                nonlocal states
-                states = step.states
-                bar.update(step.step, {name: float(v.detach().mean()) for name, v in step.losses.raw.items()})
-                if self.stop.requested:
-                    raise Interrupted
-
-            project(
-                context,
-                objective,
-                Latents(ws=mean.ws[rows], noise_bufs=tuple(n[rows] for n in mean.noise_bufs)),
-                schedule,
-                seeds=[job.config.seed for job in jobs],
-                callback=follow,
-            )
-        assert states is not None
-        for k, row in enumerate(rows):
-            path = stored[keys[row]]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_state(path, states(k))
+        return digest(
+            [*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")]
+        )
 
 
 class _Follower:
     """Hands every step of a batch to its recorders, saves states, answers a request to stop."""
 
-    def __init__(self, members: Sequence[tuple[int, _Job]], session: _Session, bar: ProgressBar) -> None:
+    def __init__(
+        self, members: Sequence[tuple[int, _Job]], session: _Session, bar: ProgressBar
+    ) -> None:
         self._members = members
         self._session = session
         self._bar = bar
@@ -572,7 +561,9 @@ class _Follower:
             if stop:
                 job.recorder.interrupt(step=step.step + 1, state=step.states(k))
                 reason = f"stopped after step {step.step + 1}; its state is saved"
-                self._session.outcomes[index] = Outcome(job.request, "interrupted", job.folder, reason)
+                self._session.outcomes[index] = Outcome(
+                    job.request, "interrupted", job.folder, reason
+                )
             else:
                 job.recorder.save_state(step.step + 1, step.states(k))
         self._saved_at = time.monotonic()
@@ -603,8 +594,3 @@ def _schedule(optimizer: Optimizer) -> Schedule:
 def _row(batch: Tensor | None, k: int) -> Tensor:
     assert batch is not None
     return batch[k]
-
-
-def _tensor(value: Tensor | bool | int | float | str) -> Tensor:
-    assert isinstance(value, Tensor)
-    return value

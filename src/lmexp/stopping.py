@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+    """The user asked to stop; states are saved."""
+
+
 class StopRequest:
     """Whether somebody asked the process to stop."""
 
