@@ -11,6 +11,7 @@ left out. Prints a table with each part's share of the whole step, and one JSON 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -146,7 +147,7 @@ def time_projection(
 
     detached = Latents(start.ws.detach(), tuple(noise.detach() for noise in start.noise_bufs))
     project(context, objective, detached, Schedule(8), seeds=range(batch), callback=stamp)
-    return statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:], strict=False))
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps[2:]))
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
 
 from lmexp.config import suggest
 from lmexp.errors import LmexpError
@@ -24,29 +25,41 @@ def conf_folder() -> Path:
 
 def explain(error: Exception) -> str:
     """One line for an exception of Hydra or OmegaConf: the key, the reason, the choices."""
-    text = str(error)
+    text = " ".join(str(error).split("\nSee https://")[0].split())
+    if isinstance(error, OverrideParseException):
+        word = error.override
+        if "missing EQUAL" in text:
+            return f"{word}: no value; write {word}=VALUE (for one more key, +{word}=VALUE)"
+        return f"{word}: cannot be read ({text}); quote lists and spaces, such as 'KEY=[a,b]'"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_unknown_key(match[1])
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"{match[1]}: exists already; write it without the +"
-    if match := re.search(r"Could not find '([^']+)'", text) or re.search(
-        r"In '[^']+': Could not (?:find|load) '([^']+)'", text
-    ):
+    if match := re.search(r"Multiple values for (\S+)\.", text):
+        return f"{match[1]}: chosen already; write {match[1]}=… without the +"
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         group, _, choice = match[1].rpartition("/")
-        choices = _choices(group)
-        return f"{group}={choice}: no such choice{suggest(choice, choices)}"
+        known = error.options if isinstance(error, MissingConfigException) else None
+        return f"{group}={choice}: no such choice{suggest(choice, list(known or _choices(group)))}"
     if match := re.search(r"You must specify '([^']+)'", text):
         return f"{match[1]}: missing{suggest('', _choices(match[1]))}"
-    return " ".join(text.split())
+    return text
 
 
 def _explain_unknown_key(key: str) -> str:
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(_defaults(), parent) if parent else _defaults()
-    names = [str(item) for item in node if item != "hydra"] if isinstance(node, DictConfig) else []
-    if not parent:
-        names = sorted({*names, *(group.name for group in conf_folder().iterdir() if group.is_dir())})
-    return f"{key}: no such key{suggest(name, names)}"
+    """The first part of `key` that the default config lacks, and what stands there instead."""
+    node = _defaults()
+    parts = key.replace("/", ".").split(".")
+    for part in parts[:-1]:
+        below = node.get(part)
+        if not isinstance(below, DictConfig):
+            return f"{key}: no such key{suggest(part, _names(node))}"
+        node = below
+    return f"{key}: no such key{suggest(parts[-1], _names(node))}"
+
+
+def _names(node: DictConfig) -> list[str]:
+    return [str(name) for name in node if name not in ("hydra", "_target_")]
 
 
 def _choices(group: str) -> list[str]:

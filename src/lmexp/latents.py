@@ -42,12 +42,14 @@ class Latents:
     noise_bufs: tuple[Tensor, ...]
 
 
-def measure(generator: Generator, samples: int, seed: int, device: torch.device) -> LatentStatistics:
-    """Draw `samples` z with `seed` (on the CPU, so that every device sees the same) and map them."""
+def measure(
+    generator: Generator, samples: int, seed: int, device: torch.device
+) -> LatentStatistics:
+    """Draw `samples` z with `seed`, on the CPU so that every device sees the same, and map them."""
     draw = torch.Generator().manual_seed(seed)
     z = torch.randn(samples, generator.z_dim, generator=draw)
     with torch.no_grad():
-        w = torch.cat([generator.mapping(part.to(device)) for part in z.split(2048)])
+        w = torch.cat([generator.mapping(part.to(device)) for part in torch.split(z, 2048)])
     w_avg = w.mean(0)
     w_std = float((w.double() - w_avg.double()).square().sum(1).mean().sqrt())
     return LatentStatistics(samples=w, w_avg=w_avg, w_std=w_std)

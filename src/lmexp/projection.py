@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmexp.errors import LmexpError
-from lmexp.latents import Latents, LatentStatistics, draw_normal, expand
+from lmexp.latents import Latents, draw_normal, expand
 from lmexp.losses.objective import Losses, Objective
 from lmexp.losses.protocol import Candidate, Context
 from lmexp.schedule import Schedule
@@ -85,7 +85,12 @@ def project(
             group["lr"] = learning_rate
 
         latents = _stack(jobs)
-        noise = torch.stack([draw_normal(job.ws.shape, seed, "w", step) for job, seed in zip(jobs, seeds, strict=True)])
+        noise = torch.stack(
+            [
+                draw_normal(job.ws.shape, seed, "w", step)
+                for job, seed in zip(jobs, seeds, strict=True)
+            ]
+        )
         scale = schedule.noise_at(step) * context.latent_statistics.w_std
         ws = expand(latents.ws + scale * noise.to(latents.ws), context.generator.num_ws)
         candidate = Candidate(
@@ -97,7 +102,9 @@ def project(
         )
         losses = objective(candidate)
         if not losses.total.requires_grad:
-            raise LmexpError(f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised")
+            raise LmexpError(
+                f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised"
+            )
         optimizer.zero_grad(set_to_none=True)
         losses.total.sum().backward()  # type: ignore[no-untyped-call]
 
@@ -114,7 +121,16 @@ def project(
         for job in jobs:
             job.normalise_noise()
         if callback is not None:
-            callback(Step(step, learning_rate, losses, candidate, tuple(alive), lambda k: jobs[k].state(optimizer)))
+            callback(
+                Step(
+                    step,
+                    learning_rate,
+                    losses,
+                    candidate,
+                    tuple(alive),
+                    lambda k: jobs[k].state(optimizer),
+                )
+            )
         if not any(alive):
             break
 

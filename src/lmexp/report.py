@@ -38,11 +38,16 @@ def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None
             outcome.folder.name if outcome.folder else "–",
         )
     console.print(table)
-    counts = {state: sum(o.state == state for o in outcomes) for state in ("finished", "skipped", "failed", "interrupted")}
+    counts = {
+        state: sum(o.state == state for o in outcomes)
+        for state in ("finished", "skipped", "failed", "interrupted")
+    }
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{said}. Everything is in {sweep_folder}", markup=False)
     if counts["failed"] or counts["interrupted"]:
-        console.print(f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished.")
+        console.print(
+            f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished."
+        )
 
 
 def _errors(outcome: Outcome) -> tuple[str, str]:
@@ -63,13 +68,15 @@ def _tell(outcome: Outcome) -> str:
     assert folder is not None and outcome.summary is not None
     mouth, everything = _errors(outcome)
     before = (
-        f"This very run was finished before, so nothing was computed (delete {folder} to repeat it).\n"
+        "This very run was finished before, so nothing was computed "
+        f"(delete {folder} to repeat it).\n"
         if outcome.state == "skipped"
         else ""
     )
+    pair = outcome.summary["label"].replace("+", " with the expression of ")
     lines = [
-        f"{before}The face of {outcome.summary['label'].replace('+', ' with the expression of ')} is done: "
-        f"its landmarks are {everything} of the eye distance from the expression's ({mouth} at the mouth).",
+        f"{before}The face of {pair} is done: its landmarks are {everything} of the eye distance "
+        f"from the expression's ({mouth} at the mouth).",
         f"  picture     {folder / 'proj.png'}",
         f"  video       {folder / 'proj.mp4'}",
         f"  figures     {folder / 'figures'}",

@@ -18,7 +18,9 @@ class Workbench:
 
     def __init__(self, hardware: Hardware) -> None:
         self.device = _open_device(hardware)
-        self._memory_format = torch.channels_last if hardware.channels_last else torch.contiguous_format
+        self._memory_format = (
+            torch.channels_last if hardware.channels_last else torch.contiguous_format
+        )
         self._built: dict[str, Any] = {}
 
     def context(self, config: Experiment) -> Context:

@@ -33,7 +33,8 @@ def heatmap_distance(
         return (scale * difference.abs()).sum((1, 2, 3))
     scale = scale if squared_weights else scale.sqrt()
     # vector_norm's subgradient at zero is zero, where sqrt(sum) would give NaN.
-    return torch.linalg.vector_norm((scale * difference).flatten(1), dim=1)
+    distance: Tensor = torch.linalg.vector_norm((scale * difference).flatten(1), dim=1)
+    return distance
 
 
 class LandmarkHeatmaps:
