@@ -44,6 +44,8 @@ def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None
     }
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{said}. Everything is in {sweep_folder}", markup=False)
+    if sweep_folder is not None and (sweep_folder / "figures").is_dir():
+        console.print(f"Figures for a paper, PNG and PDF: {sweep_folder / 'figures'}", markup=False)
     if counts["failed"] or counts["interrupted"]:
         console.print(
             f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished."
@@ -74,9 +76,14 @@ def _tell(outcome: Outcome) -> str:
         else ""
     )
     pair = outcome.summary["label"].replace("+", " with the expression of ")
+    judge = (
+        "a network that was not optimised against"
+        if outcome.summary["nme_judge_independent"]
+        else "the very network that was optimised against; judge=… names another"
+    )
     lines = [
         f"{before}The face of {pair} is done: its landmarks are {everything} of the eye distance "
-        f"from the expression's ({mouth} at the mouth).",
+        f"from the expression's ({mouth} at the mouth), measured by {judge}.",
         f"  picture     {folder / 'proj.png'}",
         f"  video       {folder / 'proj.mp4'}",
         f"  figures     {folder / 'figures'}",
