@@ -203,7 +203,7 @@ def choose_face(
     if not boxes:
         raise LmexpError(
             f"{path}: no face found; give a photo that shows a face from the front, larger or "
-            "in better light"
+            "in better light, or try detector.threshold=0.4"
         )
     if face is None:
         if len(boxes) == 1:
