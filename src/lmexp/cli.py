@@ -33,6 +33,9 @@ def main() -> None:
         _stop(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         _stop(explain(error))
+    except KeyboardInterrupt:  # before the first step, or asked twice
+        print("lmexp: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
 
 
 def _run_one(composed: DictConfig) -> None:

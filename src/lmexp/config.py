@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -157,8 +157,16 @@ class Experiment(Schema):
 
     @model_validator(mode="after")
     def _needs_a_loss(self) -> Experiment:
-        if not any(term.keywords.get("weight", 1) > 0 for term in self.loss.values()):
+        used = [term for term in self.loss.values() if term.keywords.get("weight", 1) > 0]
+        if not used:
             raise ValueError("loss: every term has weight 0, so there is nothing to optimise")
+        if self.latent.start == "inversion" and all(
+            _resolve(term.target).needs_expression for term in used
+        ):
+            raise ValueError(
+                "latent.start: inversion needs a term of the look with weight > 0 in loss, "
+                "such as lpips; or choose latent.start=mean"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:
@@ -195,14 +203,19 @@ def digest(plain: Any) -> str:
 
 def validate(composed: DictConfig) -> Experiment:
     """Check a composed config; raises `LmexpError` with one line on the first fault."""
+    # A sweep's configs carry all of Hydra's own, in parts unresolvable.
+    own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     try:
-        # A sweep's configs carry all of Hydra's own, in parts unresolvable.
-        ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-        composed_plain = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+        missing = sorted(OmegaConf.missing_keys(own))
+        if missing:
+            examples = " ".join(f"{key}=VALUE" for key in missing)
+            raise LmexpError(f"{', '.join(missing)}: missing; add to the command line {examples}")
+        container = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
-        raise LmexpError(f"config: {str(error).splitlines()[0]}") from error
-    assert isinstance(composed_plain, dict)
-    plain = {str(key): value for key, value in composed_plain.items()}
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise LmexpError(f"{key}{str(error).splitlines()[0]}") from error
+    assert isinstance(container, dict)
+    plain = {str(key): value for key, value in container.items()}
     try:
         return Experiment.model_validate_json(json.dumps(plain))
     except ValidationError as error:
@@ -235,18 +248,46 @@ def _signature_model(target: str) -> type[BaseModel]:
 
 def _explain(error: ValidationError, plain: Mapping[str, Any]) -> str:
     """One line for the first fault: key, reason, choices, and how many more there are."""
-    first, *others = error.errors()
-    nested = first.get("ctx", {}).get("error")
-    if isinstance(nested, ValidationError):
-        inner = nested.errors()[0]
-        first = {**inner, "loc": (*first["loc"], *inner["loc"])}
-    line = _explain_one(first, plain)
+    faults: dict[str, tuple[list[str], ErrorDetails]] = {}
+    for fault in _flatten(error):
+        location = _locate(fault, plain)
+        # A union complains once for each of its types: the one that got deepest was meant.
+        key = ".".join(location[:2])
+        if key not in faults or len(location) > len(faults[key][0]):
+            faults[key] = (location, fault)
+    (location, first), *others = faults.values()
+    line = _explain_one(location, first, plain)
     return f"{line} (and {len(others)} more)" if others else line
 
 
-def _explain_one(fault: ErrorDetails, plain: Mapping[str, Any]) -> str:
-    location = [str(part) for part in fault["loc"]]
-    key = ".".join(location) or "config"
+def _flatten(error: ValidationError) -> Iterator[ErrorDetails]:
+    """The faults, those of a component's own keywords among them."""
+    for fault in error.errors():
+        nested = fault.get("ctx", {}).get("error")
+        if isinstance(nested, ValidationError):
+            for inner in _flatten(nested):
+                yield {**inner, "loc": (*fault["loc"], *inner["loc"])}
+        else:
+            yield fault
+
+
+def _locate(fault: ErrorDetails, plain: Mapping[str, Any]) -> list[str]:
+    """The fault's key, without the names of types that pydantic puts between."""
+    location: list[str] = []
+    node: Any = plain
+    for part in fault["loc"]:
+        known = (isinstance(node, Mapping) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        )
+        if known:
+            node = node[part]
+        if known or (part == fault["loc"][-1] and fault["type"] == "missing"):
+            location.append(str(part))
+    return location
+
+
+def _explain_one(location: list[str], fault: ErrorDetails, plain: Mapping[str, Any]) -> str:
+    key = ".".join(location)
     kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
         return f"{key}: no such key{suggest(location[-1], _keys_beside(location, plain))}"
@@ -254,9 +295,10 @@ def _explain_one(fault: ErrorDetails, plain: Mapping[str, Any]) -> str:
         return f"{key}: missing"
     if kind == "string_pattern_mismatch" and key == "hardware.device":
         message = "choices: cpu, cuda, cuda:0, cuda:1, …"
+    message = message.removeprefix("Input ").replace("String should have", "should have")
     value = fault.get("input")
     shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
-    return f"{key}: {message}{shown}"
+    return f"{key}: {message}{shown}" if key else message
 
 
 def _keys_beside(location: list[str], plain: Mapping[str, Any]) -> list[str]:

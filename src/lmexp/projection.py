@@ -118,8 +118,9 @@ def project(
             else:
                 job.forget_gradients()  # Adam passes over parameters without a gradient
         optimizer.step()
-        for job in jobs:
-            job.normalise_noise()
+        for k, job in enumerate(jobs):
+            if alive[k]:
+                job.normalise_noise()
         if callback is not None:
             callback(
                 Step(
@@ -162,6 +163,8 @@ class _Job:
             return
         for i, parameter in enumerate(self.parameters):
             names = ("exp_avg", "exp_avg_sq", "step")
+            if f"step_{i}" not in self._resume:  # it has never taken a step
+                continue
             moments = {name: self._resume[f"{name}_{i}"].clone() for name in names}
             optimizer.state[parameter] = {
                 name: value if name == "step" else value.to(parameter)

@@ -8,6 +8,7 @@ the others alone. The same jobs again finish what is unfinished and skip what is
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from lmexp.losses.protocol import Context, Targets
 from lmexp.metrics.nme import nme
 from lmexp.projection import State, Step, project
 from lmexp.recording import provenance
+from lmexp.recording.atomic_file import DiskFullError
 from lmexp.recording.images import to_picture
 from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.recorder import Recorder
@@ -150,9 +152,8 @@ class _Session:
                 log.info("job %d is the same as job %d; it runs once", index + 1, seen_at + 1)
                 continue
             seen[job.run_id] = index
-            if self._finished(job):
-                summary = RunFolder(job.folder).read_summary()
-                self.outcomes[index] = Outcome(request, "skipped", job.folder, summary=summary)
+            if outcome := self._known(job):
+                self.outcomes[index] = outcome
                 self.done += 1
                 continue
             batches[f"{job.config.batch_key()}@{job.first_step}"].append((index, job))
@@ -198,9 +199,20 @@ class _Session:
             job.state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
         return job
 
-    def _finished(self, job: _Job) -> bool:
-        status = RunFolder(job.folder).read_status()
-        return status is not None and status.state == "finished"
+    def _known(self, job: _Job) -> Outcome | None:
+        """What became of the job in an earlier run, or in another process; None: to be run."""
+        folder = job.recorder.folder
+        try:
+            status = folder.read_status()
+            if status is not None and status.state == "finished":
+                summary = folder.read_summary()
+                return Outcome(job.request, "skipped", job.folder, summary=summary)
+        except LmexpError as error:
+            return Outcome(job.request, "failed", job.folder, str(error))
+        if status is not None and status.alive and status.pid != os.getpid():
+            reason = f"process {status.pid} on {status.host} is at work on it; wait for it to end"
+            return Outcome(job.request, "failed", job.folder, reason)
+        return None
 
     # -- one batch ------------------------------------------------------------------------
 
@@ -226,6 +238,12 @@ class _Session:
                         job.folder,
                         "stopped while its look was inverted",
                     )
+        except DiskFullError:
+            raise
+        except LmexpError as error:
+            for index, job in members:
+                if index not in self.outcomes:
+                    self._fail(index, job, str(error))
         except torch.cuda.OutOfMemoryError:
             left = [(index, job) for index, job in members if index not in self.outcomes]
             if len(left) == 1:
@@ -314,7 +332,6 @@ class _Session:
         resume = None if None in states else [state for state in states if state is not None]
         title = job_title(self.done + 1, len(jobs), self.total)
         with ProgressBar(config.optimizer.steps, first_step=jobs[0].first_step, title=title) as bar:
-            follow = _Follower(members, self, bar)
             final = project(
                 context,
                 objective,
@@ -323,9 +340,9 @@ class _Session:
                 seeds=[job.config.seed for job in jobs],
                 first_step=jobs[0].first_step,
                 resume=resume,
-                callback=follow,
+                callback=_Follower(members, self, bar),
             )
-        self._finish(members, context, targets, final, follow, began)
+        self._finish(members, context, targets, final, began)
 
     def _finish(
         self,
@@ -333,7 +350,6 @@ class _Session:
         context: Context,
         targets: Targets,
         final: Latents,
-        follow: _Follower,
         began: float,
     ) -> None:
         generator = context.generator
@@ -355,7 +371,7 @@ class _Session:
                 "config_hash": job.run_id,
                 "steps": job.config.optimizer.steps,
                 "seed": job.config.seed,
-                "losses": follow.last_losses(k),
+                "losses": _last_losses(job.recorder.folder),
                 "nme": {group: float(value) for group, value in errors.items()},
                 "nme_judge_sha256": judge.weights_sha256,
                 "nme_judge_independent": judge.weights_sha256
@@ -492,11 +508,6 @@ class _Follower:
         self._session = session
         self._bar = bar
         self._saved_at = time.monotonic()
-        self._last: list[dict[str, dict[str, float]]] = [{} for _ in members]
-
-    def last_losses(self, k: int) -> dict[str, dict[str, float]]:
-        """The raw and weighted terms of job k's last step."""
-        return self._last[k]
 
     def __call__(self, step: Step) -> None:
         numbers = _read_losses(step)
@@ -507,7 +518,6 @@ class _Follower:
             if not step.alive[k]:
                 self._bury(index, job, step, k, raw)
                 continue
-            self._last[k] = {"raw": raw, "weighted": weighted, "total": {"loss": total}}
             self._record(job, step, k, raw, weighted, total)
         means = {
             name: sum(job[1][name] for job in numbers) / len(numbers) for name in numbers[0][1]
@@ -585,6 +595,12 @@ def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], f
         )
         for values in table
     ]
+
+
+def _last_losses(folder: RunFolder) -> dict[str, Any]:
+    """The last step's terms, from the record: a resumed run may have had no step left to take."""
+    last = folder.read_metrics()[-1]
+    return {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
 
 
 def _schedule(optimizer: Optimizer) -> Schedule:

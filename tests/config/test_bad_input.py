@@ -45,8 +45,30 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["inputs.look=missing.jpg"], ["inputs.look", "missing.jpg", "no file"]),
         (["inputs.look=generated:x"], ["inputs.look", "generated:7"]),
         (["inputs.look=sample:moon"], ["inputs.look", "astronaut"]),
-        (["loss.lpips.weight=0", "loss.landmarks.weight=0", "loss.prior.weight=0", "loss.noise.weight=0"], ["nothing to optimise"]),
-        (["steps"], ["steps"]),
+        (
+            [
+                "loss.lpips.weight=0",
+                "loss.landmarks.weight=0",
+                "loss.prior.weight=0",
+                "loss.noise.weight=0",
+            ],
+            ["nothing to optimise"],
+        ),
+        (["steps"], ["steps: no value", "steps=VALUE"]),
+        (["optimizer.steps=[1"], ["optimizer.steps=[1", "cannot be read"]),
+        (["optimizer="], ["optimizer", "published"]),
+        (["+experiment=reference"], ["experiment", "without the +"]),
+        (["+smile=3"], ["smile", "no such key", "generator"]),
+        (["~generator"], ["generator: missing"]),
+        (["inputs.look="], ["inputs.look", "at least 1 character"]),
+        (["inputs.face=-1"], ["inputs.face:", "greater than or equal to 0", "-1"]),
+        (["inputs.face=[0]"], ["inputs.face.1: missing"]),
+        (["loss.lpips.mask=[mouht]"], ["loss.lpips.mask.0", "'mouth'", "mouht"]),
+        (["generator._target_=lmexp.Nothing"], ["generator", "lmexp.Nothing", "imported"]),
+        (["optimizer.learning_rate=inf"], ["optimizer.learning_rate", "finite"]),
+        (["seed=-1", "optimizer.steps=0"], ["optimizer.steps", "(and 1 more)"]),
+        (["seed=${nothing}"], ["nothing"]),
+        (["loss=[landmarks]"], ["latent.start", "lpips", "latent.start=mean"]),
         (["seed=-1"], ["seed", "greater than or equal to 0"]),
         (["+optimizer.steps=3"], ["optimizer.steps", "without the +"]),
     ],
@@ -72,3 +94,6 @@ def test_a_mistake_in_a_sweep_names_the_job(
     monkeypatch.chdir(tmp_path)
     line = fail(monkeypatch, capsys, "-m", "optimizer.steps=5,0")
     assert "job 2" in line and "optimizer.steps=0" in line
+    line = fail(monkeypatch, capsys, "-m", "landmark_weights=reference,smile")
+    assert "landmark_weights=smile" in line and "uniform" in line
+    assert list(tmp_path.iterdir()) == []

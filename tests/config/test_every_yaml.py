@@ -35,7 +35,7 @@ def composed(*overrides: str) -> Experiment:
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_choice_composes_and_validates(choice: Path) -> None:
-    extra = ["loss.noise.weight=1"] if override(choice) == "loss=[noise]" else []
+    extra = ["latent.start=mean"] if override(choice) == "loss=[landmarks]" else []
     config = composed(override(choice), *NEEDS_PHOTOS.get(choice.stem, []), *extra)
     assert config.optimizer.steps >= 1
 

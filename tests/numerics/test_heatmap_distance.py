@@ -26,7 +26,9 @@ def test_agrees_with_numpy_job_by_job(norm: str) -> None:
     for k in range(3):
         delta = a[k] - b[k]
         lam = weights[k][:, None, None]
-        expected = np.sqrt((lam * delta**2).sum()) if norm == "l2" else (lam * np.sqrt(delta**2)).sum()
+        expected = (
+            np.sqrt((lam * delta**2).sum()) if norm == "l2" else (lam * np.sqrt(delta**2)).sum()
+        )
         got = heatmap_distance(*map(torch.from_numpy, (a, b, weights)), norm)[k]
         assert got.item() == pytest.approx(expected, rel=1e-12)
 
