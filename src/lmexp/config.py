@@ -314,7 +314,7 @@ def _keys_beside(location: list[str], plain: Mapping[str, Any]) -> list[str]:
 
 
 def suggest(word: str, choices: list[str]) -> str:
-    """`; did you mean 'x'? choices: …` for a word that is not among `choices`."""
+    """` (did you mean 'x'?); choices: …` for a word that is not among `choices`."""
     close = difflib.get_close_matches(word, choices, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
     return f"{hint}; choices: {', '.join(choices)}" if choices else hint

@@ -179,7 +179,8 @@ class _Session:
             TrackedJob(
                 folder=folder,
                 run_id=run_id,
-                label=f"{look.label}+{expression.label}",
+                # In a sweep, what tells this job from the others; it names the tracked run.
+                label=" ".join((f"{look.label}+{expression.label}", *request.overrides)),
                 group=self.sweep,
                 config=config.plain(),
             ),
