@@ -1,4 +1,4 @@
-"""The inner loop on a tiny generator with real noise maps: jobs are strangers, stops leave no trace."""
+"""The inner loop on a tiny generator with noise maps: jobs are strangers, stops leave no trace."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_w_keeps_one_style_and_w_plus_one_per_layer(context: Context, targets: T
 def test_stopped_and_resumed_is_bit_for_bit_never_stopped(
     context: Context, targets: Targets, stop_at: int
 ) -> None:
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     saved: list[State] = []
@@ -201,7 +201,7 @@ def test_stopped_and_resumed_is_bit_for_bit_never_stopped(
     def stop(step: Step) -> None:
         if step.step + 1 == stop_at:
             saved.extend(step.states(k) for k in range(3))
-            raise Enough
+            raise EnoughError
 
     def note(into: list[State]) -> Callable[[Step], None]:
         def callback(step: Step) -> None:
@@ -210,13 +210,11 @@ def test_stopped_and_resumed_is_bit_for_bit_never_stopped(
 
         return callback
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         run(context, targets, callback=stop)
     untouched = {name: value.clone() for name, value in saved[0].items()}
     resumed_states: list[State] = []
-    resumed = run(
-        context, targets, first_step=stop_at, resume=saved, callback=note(resumed_states)
-    )
+    resumed = run(context, targets, first_step=stop_at, resume=saved, callback=note(resumed_states))
     uninterrupted = run(context, targets, callback=note(whole))
     assert torch.equal(resumed.ws, uninterrupted.ws)
     for one, other in zip(resumed.noise_bufs, uninterrupted.noise_bufs, strict=True):
@@ -261,9 +259,7 @@ def test_nan_stops_that_job_at_its_last_good_latents_and_no_other(
     def remember(step: Step) -> None:
         healthy[step.step] = step.states(1)
 
-    final = run(
-        context, targets, terms={**TERMS, "colours": Colours({1: nan_at})}, callback=note
-    )
+    final = run(context, targets, terms={**TERMS, "colours": Colours({1: nan_at})}, callback=note)
     expected = run(context, targets, callback=remember)
     assert alive == [(True, step < nan_at, True) for step in range(SCHEDULE.steps)]
     for job in (0, 2):

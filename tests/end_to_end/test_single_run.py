@@ -1,0 +1,257 @@
+"""One job through the command line: what it leaves, and what the same command does again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from command_line import TINY, CommandLine, assert_same_result, environment
+
+from lmexp.landmarks.groups import GROUPS
+from lmexp.recording.process_identity import identify_process
+from lmexp.recording.recorder import Recorder
+from lmexp.recording.run_folder import RunFolder
+
+LEFT = {
+    "config.yaml",
+    "figures",
+    "inversion.png",
+    "landmarks.npz",
+    "metrics.jsonl",
+    "proj.mp4",
+    "proj.png",
+    "proj_landmarks.png",
+    "projected_noise.npz",
+    "projected_w.npz",
+    "status.json",
+    "summary.json",
+    "target_expression.png",
+    "target_expression_landmarks.png",
+    "target_look.png",
+    "target_look_landmarks.png",
+}
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C while `step` is recorded, once."""
+    original = Recorder.record_step
+
+    def record_step(self: Recorder, now: int, **values: object) -> None:
+        original(self, now, **values)  # type: ignore[arg-type]
+        if now == step:
+            monkeypatch.setattr(Recorder, "record_step", original)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Recorder, "record_step", record_step)
+
+
+def test_what_a_run_leaves(lmexp: CommandLine) -> None:
+    answer = lmexp(*TINY)
+    assert answer.code == 0, answer
+    path = lmexp.only_run()
+    assert {entry.name for entry in path.iterdir()} - {"code.diff"} == LEFT
+    assert {entry.name for entry in path.parent.iterdir()} == {".inversions", path.name}
+
+    folder = RunFolder(path)
+    config = folder.read_config()
+    assert config["optimizer"]["steps"] == 5
+    assert config["loss"]["noise"]["weight"] == 100
+    assert "${" not in (path / "config.yaml").read_text()
+
+    with np.load(path / "projected_w.npz") as stored:
+        assert list(stored.files) == ["w"]
+        assert stored["w"].shape == (1, 5, 16) and stored["w"].dtype == np.float32
+    noise = folder.read_projection()[1]
+    assert [buf.shape for buf in noise] == [(1, side, side) for side in (4, 8, 16, 32)]
+
+    with av.open(str(path / "proj.mp4")) as video:
+        assert video.streams.video[0].codec_context.name == "h264"
+        assert len(list(video.decode(video=0))) >= 4
+
+    metrics = folder.read_metrics()
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
+    for line in metrics:
+        assert set(line["raw"]) == set(line["weighted"]) == {"landmarks", "prior", "noise"}
+        assert line["loss"] == pytest.approx(sum(line["weighted"].values()), rel=1e-5)
+
+    summary = folder.read_summary()
+    assert set(summary["nme"]) == {"all", *GROUPS}
+    assert summary["losses"]["raw"] == metrics[-1]["raw"]
+    assert summary["seconds"] > 0 and summary["device"] and summary["versions"]["torch"]
+    assert set(summary["weights_sha256"]) == {"generator", "landmarks"}
+    assert path.name == f"generated1+generated2-{summary['config_hash']}"
+
+    status = folder.read_status()
+    assert status is not None and (status.state, status.step) == ("finished", 5)
+    for name in ("proj.png", "proj.mp4", "summary.json", "figures"):
+        assert str(Path("runs") / path.name / name) in answer.out
+        assert (path / name).exists()
+    assert "generated1 with the expression of generated2" in answer.out
+
+
+def test_the_same_command_again_computes_nothing(lmexp: CommandLine) -> None:
+    lmexp(*TINY)
+    before = (lmexp.only_run() / "status.json").read_bytes()
+    again = lmexp(*TINY)
+    assert again.code == 0
+    assert "finished before" in again.out and "delete" in again.out
+    assert (lmexp.only_run() / "status.json").read_bytes() == before
+
+
+def test_only_what_the_result_depends_on_names_the_run(lmexp: CommandLine, tmp_path: Path) -> None:
+    lmexp(*TINY)
+    name = lmexp.only_run().name
+    same = [
+        "hardware.batch_size=7",
+        "tracker=wandb",
+        "tracker.mode=disabled",
+        "figure=[loss_curves]",
+    ]
+    assert "finished before" in lmexp(*TINY, *same).out
+    lmexp(*TINY, f"output_dir={tmp_path / 'elsewhere'}")
+    assert [path.name for path in lmexp.run_folders("elsewhere")] == [name]
+    lmexp(*TINY, "seed=1")
+    lmexp(*TINY, "landmark_weights.jaw=3")
+    assert len(lmexp.run_folders()) == 3
+
+
+def test_ctrl_c_and_the_same_command_again_is_bit_for_bit_an_uninterrupted_run(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 2)
+    stopped = lmexp(*TINY)
+    assert stopped.code == 130
+    assert "run the same command again" in stopped.out and "step 3" in stopped.out
+    folder = RunFolder(lmexp.only_run())
+    status = folder.read_status()
+    assert status is not None and (status.state, status.step) == ("interrupted", 3)
+    assert folder.state_path.exists()
+
+    resumed = lmexp(*TINY)
+    assert resumed.code == 0 and "from step 3" in resumed.err
+    assert not folder.state_path.exists()
+    lmexp(*TINY, "output_dir=whole")
+    (whole,) = lmexp.run_folders("whole")
+    assert_same_result(lmexp.only_run(), whole)
+
+
+def test_ctrl_c_after_the_last_step_leaves_only_the_result_to_write(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_at(monkeypatch, 4)
+    assert lmexp(*TINY).code == 130
+    assert lmexp(*TINY).code == 0
+    lmexp(*TINY, "output_dir=whole")
+    assert_same_result(lmexp.only_run(), lmexp.run_folders("whole")[0])
+
+
+def test_ctrl_c_while_the_look_is_inverted(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmexp import inversion
+
+    original = inversion.ProgressBar.update
+    calls = 0
+
+    def update(self: inversion.ProgressBar, step: int, losses: dict[str, float]) -> None:
+        nonlocal calls
+        calls += 1
+        original(self, step, losses)
+        if calls == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(inversion.ProgressBar, "update", update)
+    stopped = lmexp(*TINY)
+    assert stopped.code == 130 and "run the same command again" in stopped.out
+    assert list(Path("runs/.inversions").glob("*.part.safetensors"))
+    assert lmexp(*TINY).code == 0
+    assert not list(Path("runs/.inversions").glob("*.part.safetensors"))
+    lmexp(*TINY, "output_dir=whole")
+    assert_same_result(lmexp.only_run(), lmexp.run_folders("whole")[0])
+
+
+def test_a_second_ctrl_c_ends_at_once(lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Recorder.record_step
+
+    def record_step(self: Recorder, now: int, **values: object) -> None:
+        original(self, now, **values)  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Recorder, "record_step", record_step)
+    answer = lmexp(*TINY)
+    assert answer.code == 130 and answer.err.splitlines()[-1].startswith("lmexp: stopped")
+
+
+def test_a_killed_run_goes_on_from_its_last_save(lmexp: CommandLine) -> None:
+    words = [*TINY, "optimizer.steps=40", "recording.save_every_seconds=0.01"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lmexp", *words],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(3000):
+            saved = list(Path("runs").glob("*/state.safetensors"))
+            if saved or process.poll() is not None:
+                break
+            time.sleep(0.02)
+        assert saved, "the run never saved its state"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    status = RunFolder(lmexp.only_run()).read_status()
+    assert status is not None and status.killed and "killed" in status.describe()
+
+    answer = lmexp(*words)
+    assert answer.code == 0 and "from step" in answer.err
+    lmexp(*words, "output_dir=whole")
+    assert_same_result(lmexp.only_run(), lmexp.run_folders("whole")[0])
+
+
+def test_a_damaged_state_starts_the_job_again_and_says_so(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt_at(monkeypatch, 2)
+    lmexp(*TINY)
+    state = RunFolder(lmexp.only_run()).state_path
+    content = bytearray(state.read_bytes())
+    content[-3] ^= 0xFF
+    state.write_bytes(content)
+    answer = lmexp(*TINY)
+    assert answer.code == 0
+    assert "starts again from its first step" in caplog.text
+    assert len(RunFolder(lmexp.only_run()).read_metrics()) == 5
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_with_its_last_good_state(
+    lmexp: CommandLine,
+) -> None:
+    answer = lmexp(*TINY, "loss.prior.weight=1e39", "latent.start=mean")
+    assert answer.code == 1
+    assert "Failed" in answer.out and "finite" in answer.out and "learning_rate" in answer.out
+    folder = RunFolder(lmexp.only_run())
+    status = folder.read_status()
+    assert status is not None and status.state == "failed" and "finite" in status.reason
+    assert folder.state_path.exists()
+
+
+def test_a_run_that_another_process_is_at_work_on_is_left_alone(lmexp: CommandLine) -> None:
+    lmexp(*TINY)
+    path = lmexp.only_run() / "status.json"
+    status = json.loads(path.read_text())
+    parent = os.getppid()
+    status |= {"state": "running", "pid": parent, "process": identify_process(parent)}
+    path.write_text(json.dumps(status))
+    answer = lmexp(*TINY)
+    assert answer.code == 1 and f"process {parent}" in answer.out
+    assert json.loads(path.read_text()) == status
