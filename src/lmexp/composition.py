@@ -47,7 +47,10 @@ def explain(error: Exception) -> str:
 
 
 def _explain_unknown_key(key: str) -> str:
-    """The first part of `key` that the default config lacks, and what stands there instead."""
+    """The first part of `key` that the default config lacks, and what stands there instead.
+
+    Hydra complains of the config as it was composed; what it lacks the default one may have.
+    """
     node = _defaults()
     parts = key.replace("/", ".").split(".")
     for part in parts[:-1]:
@@ -55,6 +58,8 @@ def _explain_unknown_key(key: str) -> str:
         if not isinstance(below, DictConfig):
             return f"{key}: no such key{suggest(part, _names(node))}"
         node = below
+    if parts[-1] in node:
+        return f"{key}: the choices made leave this key out; choose its file too ({parts[0]}=…)"
     return f"{key}: no such key{suggest(parts[-1], _names(node))}"
 
 

@@ -58,6 +58,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["optimizer.steps=[1"], ["optimizer.steps=[1", "cannot be read"]),
         (["optimizer="], ["optimizer", "published"]),
         (["+experiment=reference"], ["experiment", "without the +"]),
+        (["loss=[lpips]", "loss.prior.weight=1"], ["loss.prior.weight", "leave this key out"]),
         (["+smile=3"], ["smile", "no such key", "generator"]),
         (["~generator"], ["generator: missing"]),
         (["inputs.look="], ["inputs.look", "at least 1 character"]),

@@ -197,6 +197,7 @@ def _read_index(path: Path) -> tuple[str, list[Run]]:
         jobs = [
             Run(RunFolder(path.parent / job["folder"]), job["label"], dict(job["overrides"]))
             for job in index["jobs"]
+            if job["folder"] is not None  # such a job failed before it had a name
         ]
         return str(index["name"]), jobs
     except (OSError, ValueError, KeyError, TypeError) as error:
