@@ -123,7 +123,8 @@ def test_the_same_bytes_again_and_in_another_process(weights: Path, pairs: Path)
     )
     assert done.stdout.splitlines() == [str(path) for path in first]
     assert done.stderr.splitlines() == [
-        "factor_grid: not made: it needs two factors, these runs have 1"
+        "factor_grid: not made: it needs two factors, these runs have 1",
+        "strip: not made: a run did not start from its look's inversion",
     ]
     assert {path: path.read_bytes() for path in first} == first
     grid = {path: path.read_bytes() for path in make_all(pairs, only="factor_grid")}
@@ -384,6 +385,7 @@ def test_the_command_prints_what_it_made(weights: Path, capsys: pytest.CaptureFi
 def test_every_figure_has_a_yaml() -> None:
     assert set(list_figures()) == {
         "triptych",
+        "strip",
         "weights_grid",
         "factor_grid",
         "loss_curves",

@@ -1,4 +1,4 @@
-"""The published triptych: whose face, the result, and the landmarks that it had to follow."""
+"""Rows of a run's pictures; the published triptych is look, result, and the landmarks to follow."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lmexp.figures.runs import Sweep
 _NAMES = {
     "target_look": "look",
     "target_look_landmarks": "look, landmarks",
+    "inversion": "look, inverted",
     "proj": "projection",
     "proj_landmarks": "projection, landmarks",
     "target_expression": "expression",
@@ -32,6 +33,7 @@ _NAMES = {
 PictureName = Literal[
     "target_look",
     "target_look_landmarks",
+    "inversion",
     "proj",
     "proj_landmarks",
     "target_expression",
@@ -40,9 +42,10 @@ PictureName = Literal[
 
 
 class Triptych:
-    """One row a run: look, projection, landmark image; as many pages as the runs need.
+    """One row a run, such as look, projection, landmark image; as many pages as the runs need.
 
     Args:
+        name: stem of the file.
         width: of the figure, in.
         columns: pictures of a run's folder, from left to right.
         rows: most runs on one page.
@@ -52,12 +55,14 @@ class Triptych:
 
     def __init__(
         self,
+        name: str = "triptych",
         width: Width = COLUMN_WIDTH,
         columns: tuple[PictureName, ...] = ("target_look", "proj", "target_expression_landmarks"),
         rows: Annotated[int, Field(ge=1)] = 6,
         font_size: FontSize = 8,
         dpi: Dpi = 300,
     ) -> None:
+        self.name = name
         self.width = width
         self.columns = columns
         self.rows = rows
@@ -65,13 +70,15 @@ class Triptych:
         self.dpi = dpi
 
     def why_not(self, sweep: Sweep) -> str:
-        """Every run has a triptych."""
-        del sweep
-        return ""
+        """Every run has its pictures, but for one that did not start from an inversion."""
+        if "inversion" not in self.columns:
+            return ""
+        started = [(run.folder.path / "inversion.png").exists() for run in sweep.runs]
+        return "" if all(started) else "a run did not start from its look's inversion"
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
-        """Yield "triptych", or "triptych_1", "triptych_2", … if one page is not enough."""
-        for stem, page in split_pages("triptych", len(sweep.runs), self.rows):
+        """Yield the file's stem, with _1, _2, … if one page is not enough, and the page."""
+        for stem, page in split_pages(self.name, len(sweep.runs), self.rows):
             yield stem, self._draw_page(sweep, page)
 
     def _draw_page(self, sweep: Sweep, page: range) -> Figure:
