@@ -293,6 +293,8 @@ def _explain_one(location: list[str], fault: ErrorDetails, plain: Mapping[str, A
         return f"{key}: no such key{suggest(location[-1], _keys_beside(location, plain))}"
     if kind == "missing":
         return f"{key}: missing"
+    if kind == "model_type":
+        message = "is a group of keys; choose one of its files, or set one of its keys"
     if kind == "string_pattern_mismatch" and key == "hardware.device":
         message = "choices: cpu, cuda, cuda:0, cuda:1, …"
     message = message.removeprefix("Input ").replace("String should have", "should have")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lmexp.runner import Outcome
 
@@ -32,10 +34,11 @@ def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None
         table.add_column(column, overflow="fold")
     for outcome in outcomes:
         table.add_row(
-            " ".join(outcome.request.overrides) or "–",
-            outcome.state + (f": {outcome.reason}" if outcome.reason else ""),
+            # As they are: rich would take loss=[lpips] for a style.
+            Text(" ".join(outcome.request.overrides) or "–"),
+            Text(outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
             *_errors(outcome),
-            outcome.folder.name if outcome.folder else "–",
+            Text(outcome.folder.name if outcome.folder else "–"),
         )
     console.print(table)
     counts = {
@@ -55,7 +58,8 @@ def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None
 def _errors(outcome: Outcome) -> tuple[str, str]:
     if outcome.summary is None:
         return "–", "–"
-    errors = outcome.summary["nme"]
+    # What was not finite is null in summary.json.
+    errors = {name: math.nan if v is None else v for name, v in outcome.summary["nme"].items()}
     mouth = (errors["outer_lip"] * 12 + errors["inner_lip"] * 8) / 20
     return f"{mouth:.2f} %", f"{errors['all']:.2f} %"
 
@@ -79,14 +83,20 @@ def _tell(outcome: Outcome) -> str:
     judge = (
         "a network that was not optimised against"
         if outcome.summary["nme_judge_independent"]
-        else "the very network that was optimised against; judge=… names another"
+        else "the very network that was optimised against; landmarks@judge=… names another"
     )
     lines = [
         f"{before}The face of {pair} is done: its landmarks are {everything} of the eye distance "
         f"from the expression's ({mouth} at the mouth), measured by {judge}.",
-        f"  picture     {folder / 'proj.png'}",
-        f"  video       {folder / 'proj.mp4'}",
-        f"  figures     {folder / 'figures'}",
+        *(
+            f"  {name:<12}{folder / file}"
+            for name, file in (
+                ("picture", "proj.png"),
+                ("video", "proj.mp4"),
+                ("figures", "figures"),
+            )
+            if (folder / file).exists()
+        ),
         f"  numbers     {folder / 'summary.json'}, step by step in {folder / 'metrics.jsonl'}",
     ]
     return "\n".join(lines)

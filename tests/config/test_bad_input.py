@@ -59,6 +59,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["optimizer="], ["optimizer", "published"]),
         (["+experiment=reference"], ["experiment", "without the +"]),
         (["loss=[lpips]", "loss.prior.weight=1"], ["loss.prior.weight", "leave this key out"]),
+        (["judge=fan_slim"], ["judge: is a group of keys", "fan_slim"]),
         (["+smile=3"], ["smile", "no such key", "generator"]),
         (["~generator"], ["generator: missing"]),
         (["inputs.look="], ["inputs.look", "at least 1 character"]),

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lmexp.config import Component, Hardware
+from lmexp.errors import LmexpError
+from lmexp.workbench import Workbench
+
+TINY = Component.model_validate({"_target_": "lmexp.generators.tiny_random.TinyRandom"})
+
+
+def hardware(device: str = "cpu", channels_last: bool = False) -> Hardware:
+    return Hardware(device=device, batch_size=1, threads=1, channels_last=channels_last)
+
+
+def test_things_are_built_once() -> None:
+    bench = Workbench(hardware())
+    assert torch.get_num_threads() == 1
+    assert bench.module(TINY) is bench.module(TINY)
+    other = Component.model_validate({**TINY.model_dump(by_alias=True), "seed": 1})
+    assert bench.module(other) is not bench.module(TINY)
+
+
+def test_modules_are_frozen_and_in_the_wanted_memory_format() -> None:
+    spec = Component.model_validate({"_target_": "lmexp.landmarks.embedded.EmbeddedFan"})
+    network = Workbench(hardware(channels_last=True)).module(spec)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    kernels = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert kernels
+    assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+
+
+def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LmexpError, match=r"hardware\.device: cuda, but .*hardware=cpu"):
+        Workbench(hardware("cuda"))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LmexpError, match=r"cuda:5, but there are 2 GPUs; choices: cuda:0, cuda:1"):
+        Workbench(hardware("cuda:5"))
+    assert Workbench(hardware("cuda:1")).device == torch.device("cuda:1")
