@@ -68,8 +68,15 @@ class Run:
 
     @cached_property
     def terms(self) -> tuple[str, ...]:
-        """Names of the loss's terms, in the order of the record."""
-        return tuple(self.metrics[0]["raw"]) if self.metrics else ()
+        """Names of the loss's terms, in the order of the record.
+
+        A term that was 0 at every step, such as the noise regularisation of a generator
+        without noise maps, says nothing and is left out.
+        """
+        if not self.metrics:
+            return ()
+        names = tuple(self.metrics[0]["raw"])
+        return tuple(name for name in names if any(line["raw"][name] != 0 for line in self.metrics))
 
 
 @dataclass(frozen=True)
