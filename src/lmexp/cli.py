@@ -45,12 +45,12 @@ def _run_one(composed: DictConfig) -> None:
     try:
         config = validate(composed)
         outcome = run([Request(config)], Path(config.output_dir))[0]
+        if outcome.folder is None:  # an input that could not even be named
+            _stop(outcome.reason)
+        if outcome.state == "finished":
+            make_all(outcome.folder, config.figure)
     except LmexpError as error:
         _stop(str(error))
-    if outcome.folder is None:  # an input that could not even be named
-        _stop(outcome.reason)
-    if outcome.state == "finished":
-        make_all(outcome.folder, config.figure)
     print_outcomes([outcome])
     sys.exit(exit_code([outcome]))
 
