@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import DictConfig, open_dict
 
@@ -70,9 +71,11 @@ def _compose(
 
 
 def _varied(overrides: Sequence[str], config: DictConfig) -> list[str]:
-    """The overrides that tell this job from the others of its sweep."""
+    """The overrides that tell this job from the others of its sweep, without Hydra's escapes."""
     fixed = set(config.hydra.overrides.task)
-    return [item for item in filter_overrides(overrides) if item not in fixed] or list(overrides)
+    varied = [item for item in filter_overrides(overrides) if item not in fixed] or list(overrides)
+    parsed = OverridesParser.create().parse_overrides(varied)
+    return [f"{override.get_key_element().lstrip('+')}={override.value()}" for override in parsed]
 
 
 def write_index(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
