@@ -113,7 +113,12 @@ def test_filled_regions_are_invisible_to_features_beside_them(
     box[40:52, 24:40] = True
     images = torch.where(box, -targets.look, targets.look).requires_grad_(True)
     # Without filling, the 3×3 features just outside of the box see into it.
-    assert make_term(monkeypatch, **options).bind(CONTEXT, targets)(candidate(images)) > 0
+    assert (
+        make_term(monkeypatch, mask_pixels=False, **options).bind(CONTEXT, targets)(
+            candidate(images)
+        )
+        > 0
+    )
     filled = make_term(monkeypatch, mask_pixels=True, **options).bind(CONTEXT, targets)
     assert filled(candidate(images)).tolist() == [0]
     images = -targets.look.clone().requires_grad_(True)

@@ -121,14 +121,14 @@ class Lpips:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 1.0,
+        weight: Annotated[float, Field(ge=0)] = 4.0,
         network: NetworkName = "stlpips_alex",
         resolution: Annotated[int, Field(ge=_LEAST_SIDE)] | None = 256,
-        mask: tuple[Region, ...] = ("mouth", "eyes", "brows"),
+        mask: tuple[Region, ...] = ("mouth",),
         mask_dilation: Annotated[float, Field(ge=0)] = 0.08,
         mask_softness: Annotated[float, Field(ge=0)] = 0.05,
         mask_strength: Annotated[float, Field(ge=0, le=1)] = 1.0,
-        mask_pixels: bool = False,
+        mask_pixels: bool = True,
     ) -> None:
         self.weight = weight
         self.network = network

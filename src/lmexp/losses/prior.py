@@ -75,8 +75,8 @@ class LatentPrior:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 0.005,
-        variance_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-6,
+        weight: Annotated[float, Field(ge=0)] = 0.02,
+        variance_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-4,
     ) -> None:
         self.weight = weight
         self.variance_floor = variance_floor
