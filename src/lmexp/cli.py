@@ -25,6 +25,8 @@ def main() -> None:
     """Entry point; ends the process with 0, 1 (a job failed), 2 (bad input) or 130 (stopped)."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lmexp").setLevel(logging.INFO)
+    # That a single run has no sweep's figures is no news here; `python -m lmexp.figures` says it.
+    logging.getLogger("lmexp.figures").setLevel(logging.WARNING)
     # Hydra's argparse takes flags before the overrides only; people write them anywhere.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line is ours to write
