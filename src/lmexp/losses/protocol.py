@@ -66,12 +66,6 @@ class Candidate:
         """[N, 68, 64, 64], the landmark network's answer to `images`."""
         return self.heatmap_network(self.images)
 
-    @property
-    def known_heatmaps(self) -> Tensor | None:
-        """`heatmaps` if a term has asked for them in this step, else None."""
-        known: Tensor | None = self.__dict__.get("heatmaps")
-        return known
-
 
 BoundTerm = Callable[[Candidate], Tensor]
 
