@@ -91,7 +91,7 @@ class Latent(Schema):
     start: Literal["mean", "inversion"]
     samples: Annotated[int, Field(ge=2)]
     """Draws of the mapping network for w_avg, w_std and the prior."""
-    samples_seed: int
+    samples_seed: Annotated[int, Field(ge=0, lt=2**32)]
     inversion: Optimizer
     """How the look is inverted first; read when `start` is `inversion`."""
 
@@ -142,6 +142,8 @@ class Experiment(Schema):
     judge: Component
     """The landmark network that measures the result; another one than `landmarks`, so that the
     number is not what was optimised."""
+    scores: Component
+    """What else is measured of the result; see `lmexp.metrics.protocol.Scores`."""
     detector: Component
     loss: dict[str, Component]
     landmark_weights: LandmarkWeights
@@ -176,11 +178,11 @@ class Experiment(Schema):
     def identity(self, photo_digests: Mapping[str, str]) -> str:
         """The hash that names the run: what the result depends on, and nothing else.
 
-        Device, judge, tracker, figures, recording and paths are left out; photos count by their
-        content.
+        Device, judge, scores, tracker, figures, recording and paths are left out; photos count by
+        their content.
         """
         plain = self.plain()
-        for key in ("hardware", "judge", "tracker", "figure", "recording", "output_dir"):
+        for key in ("hardware", "judge", "scores", "tracker", "figure", "recording", "output_dir"):
             del plain[key]
         plain["inputs"] |= dict(photo_digests)
         return digest(plain)[:12]

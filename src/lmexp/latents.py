@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,9 +46,19 @@ class Latents:
 def measure(
     generator: Generator, samples: int, seed: int, device: torch.device
 ) -> LatentStatistics:
-    """Draw `samples` z with `seed`, on the CPU so that every device sees the same, and map them."""
-    draw = torch.Generator().manual_seed(seed)
-    z = torch.randn(samples, generator.z_dim, generator=draw)
+    """Draw `samples` z with `seed`, on the CPU so that every device sees the same, and map them.
+
+    With 10,000 samples of seed 123 the z are NVIDIA's projector's, number by number.
+
+    Args:
+        generator: whose mapping network it is.
+        samples: how many.
+        seed: in [0, 2**32).
+        device: where the generator is.
+    """
+    # NumPy's old stream, which is frozen, because the published projectors draw from it.
+    draw = np.random.RandomState(seed).randn(samples, generator.z_dim)
+    z = torch.from_numpy(draw.astype(np.float32))
     with torch.no_grad():
         w = torch.cat([generator.mapping(part.to(device)) for part in torch.split(z, 2048)])
     w_avg = w.mean(0)

@@ -1,10 +1,17 @@
 """The landmark term against a hand-computed case, NumPy, and finite differences."""
 
+from __future__ import annotations
+
+from typing import Any, cast
+
 import numpy as np
 import pytest
 import torch
 
-from lmexp.losses.landmarks import heatmap_distance
+from lmexp.losses.landmarks import LandmarkHeatmaps, heatmap_distance, stretch
+from lmexp.losses.protocol import Candidate, Context, Targets
+
+UNUSED = cast(Any, None)
 
 
 def test_hand_computed_case() -> None:
@@ -50,3 +57,69 @@ def test_identical_maps_give_zero_and_a_zero_gradient(norm: str) -> None:
     assert distance.item() == 0.0
     assert heatmaps.grad is not None
     assert torch.equal(heatmaps.grad, torch.zeros_like(heatmaps))
+
+
+def test_stretch_gives_every_image_its_own_full_range() -> None:
+    random = torch.Generator().manual_seed(0)
+    images = (
+        torch.rand(3, 3, 8, 8, generator=random) * torch.tensor([0.5, 1, 3])[:, None, None, None]
+    )
+    got = stretch(images)
+    for k in range(3):
+        # As the published code does it: colours 0 to 255, one image a batch, a range of [0, 1].
+        published = (images[k] + 1) * (255 / 2)
+        published = published - published.min()
+        published = published / published.max()
+        torch.testing.assert_close((got[k] + 1) / 2, published)
+    assert stretch(torch.zeros(1, 3, 4, 4)).unique().tolist() == [-1.0]
+
+
+def test_stretch_measures_the_range_at_the_side_the_network_sees() -> None:
+    image = torch.zeros(1, 3, 512, 512)
+    image[..., 0, 0] = 4.0  # averaged over four pixels: 1
+    image[..., 256:, :] = -1.0
+    got = stretch(image)
+    assert got.shape == (1, 3, 256, 256)
+    assert got[0, 0, 0, 0] == 1 and got[0, 0, 0, 1] == 0 and got[0, 0, 200, 0] == -1
+
+
+class Squares(torch.nn.Module):
+    """Heat map k is the squared grey image times k: cheap, and it sees brightness."""
+
+    weights_sha256 = "squares"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        grey = images.mean(1, keepdim=True).square()
+        return grey * torch.arange(68.0)[:, None, None]
+
+
+def evaluate(term: LandmarkHeatmaps, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    expression = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(len(images), 3, 4, 4)
+    points = torch.zeros(len(images), 68, 2)
+    targets = Targets(expression, points, expression, points, weights)
+    network = Squares()
+    bound = term.bind(Context(UNUSED, network, UNUSED), targets)
+    return bound(Candidate(images, torch.zeros(len(images), 1, 1), (), 0, network))
+
+
+def test_stretched_term_does_not_see_brightness_and_contrast() -> None:
+    image = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
+    images = torch.cat([image, 0.3 * image + 0.2])
+    weights = torch.ones(2, 68)
+    plain = evaluate(LandmarkHeatmaps(), images, weights)
+    assert plain[0] == 0 and plain[1] > 1
+    stretched = evaluate(LandmarkHeatmaps(stretch_contrast=True), images, weights)
+    torch.testing.assert_close(stretched, torch.zeros(2), atol=1e-3, rtol=0)
+
+
+def test_tip_of_the_nose_weighs_as_its_group() -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    weights = torch.zeros(1, 68)
+    weights[:, 31:36] = 1.0  # lower_nose alone
+    grey = (torch.linspace(-1, 1, 16) ** 4).sum()
+    for tip, members in ((False, range(31, 36)), (True, range(30, 36))):
+        term = LandmarkHeatmaps(tip_in_lower_nose=tip)
+        expected = (sum(k**2 for k in members) * grey) ** 0.5
+        assert evaluate(term, images, weights).item() == pytest.approx(expected.item(), rel=1e-5)
+    # The caller's weights are left as they were.
+    assert weights[0, 30] == 0

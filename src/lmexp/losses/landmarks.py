@@ -8,7 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lmexp.landmarks.groups import GROUPS
+from lmexp.losses.lpips import shrink
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+
+_NOSE_TIP = 30
+_STRETCHED_SIDE = 256
 
 
 def heatmap_distance(
@@ -37,8 +42,33 @@ def heatmap_distance(
     return distance
 
 
+def stretch(images: Tensor) -> Tensor:
+    """Bring each image's least value, over places and colours, to -1 and its largest to 1.
+
+    Args:
+        images: [N, 3, R, R]; larger ones are averaged down to 256 px first, the side that the
+            published code gives its network, since extremes depend on the side.
+
+    Returns:
+        [N, 3, min(R, 256), min(R, 256)]; an image of one value becomes -1 everywhere.
+    """
+    images = shrink(images, _STRETCHED_SIDE)
+    least, largest = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - least) * (2 / (largest - least).clamp_min(1e-12)) - 1
+
+
 class LandmarkHeatmaps:
     """HL(x, expression), with one weight λ_landmark per landmark group.
+
+    Args:
+        weight: ≥ 0, λ of the term.
+        norm: see `heatmap_distance`.
+        squared_group_weights: see `heatmap_distance`.
+        tip_in_lower_nose: landmark 30, the tip of the nose, weighs what `lower_nose` does, as
+            in the published code, whose nose groups overlap there; else what `nose_bridge` does.
+        stretch_contrast: the network sees each image `stretch`ed, as the published code shows
+            it (it takes the range of the whole batch, which is one image). Brightness and
+            contrast then cost nothing, but one outlying pixel dims the whole face.
 
     Source: L. Uzolas, "Facial landmark projection without training" (2021); FAN: Bulat &
     Tzimiropoulos, arXiv 1703.07332.
@@ -51,20 +81,31 @@ class LandmarkHeatmaps:
         weight: Annotated[float, Field(ge=0)] = 0.05,
         norm: Literal["l1", "l2"] = "l2",
         squared_group_weights: bool = False,
+        tip_in_lower_nose: bool = False,
+        stretch_contrast: bool = False,
     ) -> None:
         self.weight = weight
         self.norm = norm
         self.squared_group_weights = squared_group_weights
+        self.tip_in_lower_nose = tip_in_lower_nose
+        self.stretch_contrast = stretch_contrast
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
         assert targets.expression is not None and targets.landmark_weights is not None
+        network, expression = context.heatmap_network, targets.expression
         with torch.no_grad():
-            target = context.heatmap_network(targets.expression)
+            target = network(stretch(expression) if self.stretch_contrast else expression)
         weights = targets.landmark_weights.to(target.device)
+        if self.tip_in_lower_nose:
+            weights = weights.clone()
+            weights[:, _NOSE_TIP] = weights[:, GROUPS["lower_nose"][0]]
 
         def evaluate(candidate: Candidate) -> Tensor:
+            heatmaps = (
+                network(stretch(candidate.images)) if self.stretch_contrast else candidate.heatmaps
+            )
             return heatmap_distance(
-                candidate.heatmaps, target, weights, self.norm, self.squared_group_weights
+                heatmaps, target, weights, self.norm, self.squared_group_weights
             )
 
         return evaluate
