@@ -1,8 +1,8 @@
 """What a StyleGAN2 is made of, and the complete names and shapes of its tensors.
 
 The canonical state: every converter of `lmexp.checkpoints` produces it, our safetensors hold it,
-and `generators/stylegan2.py` and `generators/stylegan2_discriminator.py` compute with it. Weights are
-as they were trained; the equalised learning rate's gains are applied by the networks. Float32.
+and `generators/stylegan2.py` and `generators/stylegan2_discriminator.py` compute with it. Weights
+are as they were trained; the equalised learning rate's gains are applied by the networks. Float32.
 
 Orientation: dense weights are [out, in], convolutions [out, in, height, width]. Every convolution
 correlates, except for `conv0` of the generator, which is the kernel of a transposed convolution
@@ -381,9 +381,9 @@ def _require_convolutions(architecture: object, clamp: object, taps: object) -> 
     _require(architecture in choices, "architecture", architecture, f"one of {', '.join(choices)}")
     fits = clamp is None or (isinstance(clamp, int | float) and _is_number(clamp) and clamp > 0)
     _require(fits, "conv_clamp", clamp, "above 0, or null")
-    fits = isinstance(taps, tuple) and 1 <= len(taps) <= MAX_TAPS and all(map(_is_number, taps))
+    fits = isinstance(taps, tuple) and 2 <= len(taps) <= MAX_TAPS and all(map(_is_number, taps))
     fits = fits and isinstance(taps, tuple) and sum(taps) != 0
-    _require(fits, "resample_filter", taps, f"1 to {MAX_TAPS} numbers whose sum is not 0")
+    _require(fits, "resample_filter", taps, f"2 to {MAX_TAPS} numbers whose sum is not 0")
 
 
 def _to_json(config: StyleGAN2Config | StyleGAN2DiscriminatorConfig) -> str:
