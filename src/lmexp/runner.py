@@ -33,6 +33,8 @@ from lmexp.latents import Latents, expand, start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets
 from lmexp.metrics.nme import nme
+from lmexp.metrics.protocol import Exhibits
+from lmexp.metrics.report import report_scores
 from lmexp.projection import State, Step, project
 from lmexp.recording import provenance
 from lmexp.recording.atomic_file import DiskFullError
@@ -327,7 +329,13 @@ class _Session:
                 diff=self.git.diff if self.git else "",
             )
             if inversions is not None:
-                RunFolder(job.folder).write_picture("inversion", to_picture(inversions[k]))
+                folder = RunFolder(job.folder)
+                folder.write_picture("inversion", to_picture(inversions[k]))
+                ws = expand(start.ws[k : k + 1], context.generator.num_ws)
+                folder.write_inversion(
+                    ws.float().cpu().numpy(),
+                    [noise[k].float().cpu().numpy() for noise in start.noise_bufs],
+                )
         objective = self._objective(jobs, context, targets)
         states = [job.state for job in jobs]
         resume = None if None in states else [state for state in states if state is not None]
@@ -343,7 +351,8 @@ class _Session:
                 resume=resume,
                 callback=_Follower(members, self, bar),
             )
-        self._finish(members, context, targets, final, began)
+        inverted = None if inversions is None else (start.ws, inversions)
+        self._finish(members, context, targets, final, inverted, began)
 
     def _finish(
         self,
@@ -351,8 +360,10 @@ class _Session:
         context: Context,
         targets: Targets,
         final: Latents,
+        inverted: tuple[Tensor, Tensor] | None,
         began: float,
     ) -> None:
+        """Write every job's result; `inverted`: the inversions' ws and images, batched."""
         generator = context.generator
         judge: HeatmapNetwork = self.bench.module(members[0][1].config.judge)
         for k, (index, job) in enumerate(members):
@@ -366,6 +377,23 @@ class _Session:
                 landmarks = decode(context.heatmap_network(image), generator.resolution)
                 wanted = _row(targets.expression, k)[None]
                 errors = nme(*(decode(judge(x), generator.resolution) for x in (image, wanted)))
+            digests = {
+                "generator": generator.weights_sha256,
+                "landmarks": context.heatmap_network.weights_sha256,
+                **self._term_weights(job.config),
+            }
+            row = slice(k, k + 1)
+            exhibits = Exhibits(
+                result=image,
+                look=targets.look[row],
+                expression=wanted,
+                look_landmarks=targets.look_landmarks[row],
+                expression_landmarks=_row(targets.expression_landmarks, k)[None],
+                inversion=inverted[1][row] if inverted else None,
+                ws=ws,
+                inversion_ws=expand(inverted[0][row], generator.num_ws) if inverted else None,
+                samples=context.latent_statistics.samples,
+            )
             summary = {
                 "label": job.label,
                 "overrides": list(job.request.overrides),
@@ -377,17 +405,19 @@ class _Session:
                 "nme_judge_sha256": judge.weights_sha256,
                 "nme_judge_independent": judge.weights_sha256
                 != context.heatmap_network.weights_sha256,
+                "scores": report_scores(
+                    self.bench.component(job.config.scores),
+                    exhibits,
+                    optimised=set(digests.values()),
+                    label=job.label,
+                ),
                 # The batch's wall clock: a job's own share of a batch cannot be measured.
                 "seconds": time.monotonic() - began,
                 "batch_size": len(members),
                 "device": provenance.describe_device(self.bench.device),
                 "versions": provenance.describe_versions(),
                 "git": self.git.as_dict() if self.git else None,
-                "weights_sha256": {
-                    "generator": generator.weights_sha256,
-                    "landmarks": context.heatmap_network.weights_sha256,
-                    **self._term_weights(job.config),
-                },
+                "weights_sha256": digests,
             }
             job.recorder.finish(
                 image=image[0],

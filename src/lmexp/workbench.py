@@ -28,7 +28,7 @@ class Workbench:
         return Context(
             generator=generator,
             heatmap_network=self.module(config.landmarks),
-            latent_statistics=self._statistics(config.generator, config.latent),
+            latent_statistics=self.statistics(config.generator, config.latent),
         )
 
     def terms(self, config: Experiment) -> dict[str, Term]:
@@ -47,7 +47,7 @@ class Workbench:
         module.eval().requires_grad_(False)
         return module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
 
-    def _statistics(self, generator: Component, latent: Latent) -> LatentStatistics:
+    def statistics(self, generator: Component, latent: Latent) -> LatentStatistics:
         plain = generator.model_dump(mode="json", by_alias=True)
         key = digest([plain, latent.samples, latent.samples_seed])
         if key not in self._built:

@@ -24,6 +24,8 @@ LEFT = {
     "config.yaml",
     "figures",
     "inversion.png",
+    "inversion_noise.npz",
+    "inversion_w.npz",
     "landmarks.npz",
     "metrics.jsonl",
     "proj.mp4",

@@ -237,12 +237,7 @@ class RunFolder:
             ws: [1, num_ws, w_dim]; stored under `w`, as the tools of StyleGAN2 and 3 read it.
             noise_bufs: [1, h, w] each; stored as noise_0, noise_1, … in synthesis order.
         """
-        if ws.ndim != 3 or ws.shape[0] != 1:
-            raise ValueError(f"ws: [1, num_ws, w_dim] expected, got {list(ws.shape)}")
-        self._write_arrays("projected_w.npz", {"w": ws.astype(np.float32)})
-        if noise_bufs:
-            named = {f"noise_{i}": buf.astype(np.float32) for i, buf in enumerate(noise_bufs)}
-            self._write_arrays("projected_noise.npz", named)
+        self._write_latents("projected", ws, noise_bufs)
 
     def read_projection(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
         """Read ws [1, num_ws, w_dim] and the noise maps, in synthesis order.
@@ -250,10 +245,33 @@ class RunFolder:
         Raises:
             LmexpError: a file is missing or damaged.
         """
-        ws = self._read_arrays("projected_w.npz")["w"]
-        if not (self.path / "projected_noise.npz").exists():
+        return self._read_latents("projected")
+
+    def write_inversion(
+        self, ws: NDArray[np.float32], noise_bufs: Sequence[NDArray[np.float32]] = ()
+    ) -> None:
+        """Write inversion_w.npz and inversion_noise.npz, where the projection began."""
+        self._write_latents("inversion", ws, noise_bufs)
+
+    def read_inversion(self) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        """Read what `write_inversion` wrote, as `read_projection` does."""
+        return self._read_latents("inversion")
+
+    def _write_latents(
+        self, stem: str, ws: NDArray[np.float32], noise_bufs: Sequence[NDArray[np.float32]]
+    ) -> None:
+        if ws.ndim != 3 or ws.shape[0] != 1:
+            raise ValueError(f"ws: [1, num_ws, w_dim] expected, got {list(ws.shape)}")
+        self._write_arrays(f"{stem}_w.npz", {"w": ws.astype(np.float32)})
+        if noise_bufs:
+            named = {f"noise_{i}": buf.astype(np.float32) for i, buf in enumerate(noise_bufs)}
+            self._write_arrays(f"{stem}_noise.npz", named)
+
+    def _read_latents(self, stem: str) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+        ws = self._read_arrays(f"{stem}_w.npz")["w"]
+        if not (self.path / f"{stem}_noise.npz").exists():
             return ws, []
-        named = self._read_arrays("projected_noise.npz")
+        named = self._read_arrays(f"{stem}_noise.npz")
         return ws, [named[f"noise_{i}"] for i in range(len(named))]
 
     def write_landmarks(self, **landmarks: NDArray[np.float32]) -> None:

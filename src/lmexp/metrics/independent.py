@@ -1,0 +1,276 @@
+"""Scores by judges that nothing optimises: who it is, what the face does, what else changed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from lmexp.errors import LmexpError
+from lmexp.landmarks.groups import GROUPS
+from lmexp.losses.lpips import feature_distance, normalise, spread
+from lmexp.losses.mask import Region, keep_mask
+from lmexp.losses.perceptual.protocol import PerceptualNetwork, load_network
+from lmexp.losses.prior import GaussianSpace
+from lmexp.metrics.aspect_ratios import eye_aspect_ratio, mouth_aspect_ratio
+from lmexp.metrics.dlib_judge import DlibJudge, Verdict, identity_mean
+from lmexp.metrics.nme import nme
+from lmexp.metrics.protocol import Exhibits
+from lmexp.metrics.similarity import align_by_similarity
+from lmexp.recording.images import to_picture
+from lmexp.weights import store
+
+log = logging.getLogger("lmexp")
+
+PerceptualJudge = Literal["stlpips_alex", "stlpips_vgg", "hed_vgg16"]
+
+
+@dataclass(frozen=True)
+class _Faces:
+    """What dlib saw in a batch of pictures; row k is job k's."""
+
+    found: tuple[bool, ...]
+    landmarks: Tensor
+    identity: Tensor
+
+    @staticmethod
+    def of(verdicts: Sequence[Verdict]) -> _Faces:
+        return _Faces(
+            found=tuple(verdict.found for verdict in verdicts),
+            landmarks=torch.from_numpy(np.stack([verdict.landmarks for verdict in verdicts])),
+            identity=torch.from_numpy(np.stack([verdict.identity for verdict in verdicts])),
+        )
+
+
+class IndependentScores:
+    """The result and its baselines (look, inversion, expression photo), by the same judges.
+
+    docs/scores.md defines every number. A judge whose weights cannot be had is warned of once,
+    and its numbers are left out; the others' stay.
+
+    Args:
+        side: pictures are brought to this side first, px, so that generators of different
+            resolutions are judged alike.
+        perceptual: networks for LPIPS; the first whose weights were not optimised judges.
+        changed: regions, in both photos, that count as changed where LPIPS is measured
+            outside of what changed.
+        dilation, softness: of these regions; see `keep_mask`.
+        variance_floor: see `GaussianSpace.measure`.
+        failed_nme: aligned NME over the 68 points above which a result counts as failed, in %
+            of the distance between the outer eye corners.
+    """
+
+    def __init__(
+        self,
+        side: Annotated[int, Field(ge=128)] = 256,
+        perceptual: tuple[PerceptualJudge, ...] = ("stlpips_vgg", "hed_vgg16", "stlpips_alex"),
+        changed: tuple[Region, ...] = ("mouth", "eyes", "brows"),
+        dilation: Annotated[float, Field(ge=0)] = 0.08,
+        softness: Annotated[float, Field(ge=0)] = 0.05,
+        variance_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-4,
+        failed_nme: Annotated[float, Field(gt=0)] = 15.0,
+    ) -> None:
+        self.side = side
+        self.perceptual = perceptual
+        self.changed = changed
+        self.dilation = dilation
+        self.softness = softness
+        self.variance_floor = variance_floor
+        self.failed_nme = failed_nme
+        self._dlib: DlibJudge | None = None
+        self._networks: dict[str, PerceptualNetwork] = {}
+        self._missing: set[str] = set()
+        self._space: tuple[Tensor, GaussianSpace] | None = None
+
+    @torch.no_grad()
+    def score(self, exhibits: Exhibits, optimised: Collection[str] = ()) -> list[dict[str, Any]]:
+        """Measure finished jobs; see `Scores.score`."""
+        pictures = {
+            name: _resize(images, self.side)
+            for name, images in (
+                ("result", exhibits.result),
+                ("look", exhibits.look),
+                ("inversion", exhibits.inversion),
+                ("expression", exhibits.expression),
+            )
+            if images is not None
+        }
+        jobs = len(exhibits.result)
+        rows: list[dict[str, Any]] = [{name: {} for name in pictures} for _ in range(jobs)]
+        judges: dict[str, Any] = {}
+        self._score_faces(pictures, rows, judges)
+        self._score_likeness(pictures, exhibits, optimised, rows, judges)
+        self._score_latents(exhibits, rows)
+        for row in rows:
+            row["judges"] = judges
+        return rows
+
+    # -- dlib -------------------------------------------------------------------------------
+
+    def _score_faces(
+        self,
+        pictures: Mapping[str, Tensor],
+        rows: list[dict[str, Any]],
+        judges: dict[str, Any],
+    ) -> None:
+        judge = self._load_dlib()
+        if judge is None:
+            return
+        judges |= {f"dlib_{name}": sha256 for name, sha256 in judge.weights_sha256.items()}
+        faces = {
+            name: _Faces.of([judge.look_at(to_picture(image)) for image in images])
+            for name, images in pictures.items()
+        }
+        for name, now in faces.items():
+            measured = _compare(now, faces["look"], faces["expression"])
+            for k, row in enumerate(rows):
+                row[name]["face_found"] = now.found[k]
+                row[name] |= _row(measured, k)
+        for row in rows:
+            kept = row["result"]["identity_cosine"]
+            if "inversion" in row and row["inversion"]["identity_cosine"] > 0:
+                row["identity_kept"] = kept / row["inversion"]["identity_cosine"]
+            row["failure"] = self._find_failure(row["result"])
+            row["failed"] = bool(row["failure"])
+
+    def _find_failure(self, result: Mapping[str, Any]) -> str:
+        if not result["face_found"]:
+            return "no face found"
+        error = result["nme_aligned"]["all"]
+        if not error <= self.failed_nme:
+            return f"aligned NME {error:.1f} % above {self.failed_nme:g} %"
+        return ""
+
+    def _load_dlib(self) -> DlibJudge | None:
+        if self._dlib is None and "dlib" not in self._missing:
+            try:
+                self._dlib = DlibJudge()
+            except LmexpError as error:
+                self._miss("dlib", "identity, landmarks and openings", error)
+        return self._dlib
+
+    # -- likeness ---------------------------------------------------------------------------
+
+    def _score_likeness(
+        self,
+        pictures: Mapping[str, Tensor],
+        exhibits: Exhibits,
+        optimised: Collection[str],
+        rows: list[dict[str, Any]],
+        judges: dict[str, Any],
+    ) -> None:
+        name = next(
+            (name for name in self.perceptual if store.find_entry(name).sha256 not in optimised),
+            None,
+        )
+        network = None if name is None else self._load_network(name)
+        if name is None or network is None:
+            return
+        judges["perceptual"] = name
+        judges["perceptual_weights"] = network.weights_sha256
+        look = pictures["look"]
+        if isinstance(network, torch.nn.Module):
+            network.to(look.device)
+        target = [normalise(layer) for layer in network.features(look)]
+        keep = keep_mask(
+            (exhibits.look_landmarks, exhibits.expression_landmarks),
+            self.changed,
+            resolution=exhibits.look.shape[-1],
+            side=self.side,
+            dilation=self.dilation,
+            softness=self.softness,
+        ).to(look)
+        places = spread(keep, target)
+        channels = network.channel_weights
+        for picture, images in pictures.items():
+            # The look's own pixels fill what changed: features beside it see into it.
+            outside = torch.lerp(look, images, keep)
+            measured = {
+                "lpips": feature_distance(network.features(images), target, channels),
+                "lpips_outside": feature_distance(
+                    network.features(outside), target, channels, places
+                ),
+            }
+            for k, row in enumerate(rows):
+                row[picture] |= _row(measured, k)
+
+    def _load_network(self, name: PerceptualJudge) -> PerceptualNetwork | None:
+        if name not in self._networks and name not in self._missing:
+            try:
+                self._networks[name] = load_network(name)
+            except LmexpError as error:
+                self._miss(name, "LPIPS", error)
+        return self._networks.get(name)
+
+    def _miss(self, judge: str, what: str, error: LmexpError) -> None:
+        self._missing.add(judge)
+        log.warning("scores: %s left out (%s); scores=none leaves all of them out", what, error)
+
+    # -- latents ----------------------------------------------------------------------------
+
+    def _score_latents(self, exhibits: Exhibits, rows: list[dict[str, Any]]) -> None:
+        if exhibits.samples is None:
+            return
+        if self._space is None or self._space[0] is not exhibits.samples:
+            space = GaussianSpace.measure(exhibits.samples, self.variance_floor)
+            self._space = (exhibits.samples, space)
+        for name, ws in (("result", exhibits.ws), ("inversion", exhibits.inversion_ws)):
+            if ws is None:
+                continue
+            distance = self._space[1].standardise(ws).square().mean((1, 2))
+            for k, row in enumerate(rows):
+                row.setdefault(name, {})["manifold"] = float(distance[k])
+
+
+def _compare(now: _Faces, look: _Faces, expression: _Faces) -> dict[str, Any]:
+    """Every number that dlib gives for pictures `now`; tensors [N], nested by name."""
+    aligned = align_by_similarity(now.landmarks, expression.landmarks)
+    mouth, eyes = mouth_aspect_ratio(now.landmarks), eye_aspect_ratio(now.landmarks)
+    return {
+        "identity_cosine": _identity_cosine(now.identity, look.identity),
+        "identity_distance": torch.linalg.vector_norm(now.identity - look.identity, dim=1),
+        "leak_cosine": _identity_cosine(now.identity, expression.identity),
+        "leak_distance": torch.linalg.vector_norm(now.identity - expression.identity, dim=1),
+        "nme": _with_mouth(nme(now.landmarks, expression.landmarks)),
+        "nme_aligned": _with_mouth(nme(aligned, expression.landmarks)),
+        "mouth_aspect_ratio": mouth,
+        "mouth_error": (mouth - mouth_aspect_ratio(expression.landmarks)).abs(),
+        "eye_aspect_ratio": eyes,
+        "eye_error": (eyes - eye_aspect_ratio(expression.landmarks)).abs(),
+    }
+
+
+def _identity_cosine(one: Tensor, other: Tensor) -> Tensor:
+    """[N, 128] each -> [N]; centred on the mean of many people, so that strangers are near 0."""
+    mean = torch.from_numpy(identity_mean())
+    return F.cosine_similarity(one - mean, other - mean)
+
+
+def _with_mouth(errors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the mouth as a whole: its 20 points, inner and outer lips."""
+    outer, inner = len(GROUPS["outer_lip"]), len(GROUPS["inner_lip"])
+    total = errors["outer_lip"] * outer + errors["inner_lip"] * inner
+    return {**errors, "mouth": total / (outer + inner)}
+
+
+def _row(measured: Mapping[str, Any], k: int) -> dict[str, Any]:
+    """Job k's numbers of a nested dictionary of [N]."""
+    return {
+        name: _row(value, k) if isinstance(value, Mapping) else float(value[k])
+        for name, value in measured.items()
+    }
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    """[N, 3, R, R] -> [N, 3, side, side] in [-1, 1], anti-aliased."""
+    images = images.float()
+    if images.shape[-1] != side:
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
+    return images.clamp(-1, 1)
