@@ -1,0 +1,1 @@
+"""Third-party StyleGAN2 checkpoints, read without running anything that they hold."""
