@@ -169,10 +169,15 @@ def checkpoint_path(name_or_path: str, say: Say = say_on_stderr) -> Path:
         return path
     if path.is_dir():
         raise LmexpError(f"checkpoint {name_or_path}: a folder; give the file in it")
-    names = ", ".join(name for name, entry in registry.FILES.items() if entry.read is None)
+    names = ", ".join(name for name, entry in registry.FILES.items() if _is_checkpoint(entry))
     raise LmexpError(
         f"checkpoint {name_or_path}: no such file; give a path, or one of the names {names}"
     )
+
+
+def _is_checkpoint(entry: FileEntry) -> bool:
+    """Whether a file is a generator's: not one of tensors for `load`, nor dlib's."""
+    return entry.read is None and entry.sdist is None
 
 
 def find_file(name: str) -> FileEntry:
