@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import urllib.error
+import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import lpips
@@ -15,11 +16,11 @@ import torchvision
 from torch import Tensor
 
 from lmexp.errors import LmexpError
-from lmexp.losses.lpips import feature_distance, normalise, shrink, spread
+from lmexp.losses.lpips import distance_map, feature_distance, normalise, shrink, spread
 from lmexp.losses.perceptual import hed, stlpips
 from lmexp.losses.perceptual import lpips as lpips_family
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
-from lmexp.weights import store
+from lmexp.weights import registry, store
 
 _BUILDERS = {"alex": stlpips.ShiftTolerantAlex, "vgg": stlpips.ShiftTolerantVgg}
 _CONVS = {
@@ -184,27 +185,93 @@ def test_trained_hed_trunk_sees_edges_and_not_noise_of_brightness() -> None:
     assert (near < 0.2 * far).all()
 
 
-@pytest.mark.parametrize("trunk", ["alex", "vgg", "squeeze"])
-def test_lpips_of_its_authors(trunk: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", params=["alex", "vgg", "squeeze"])
+def published(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, lpips.LPIPS, PerceptualNetwork]:
+    """The package's network with a random trunk and its own heads, and ours of the same file.
+
+    Our trunk comes through the store: a file in torchvision's format, its digest registered.
+    """
+    trunk: str = request.param
     torch.manual_seed(0)
-    # Random trunks spare the download; the package brings its trained heads itself.
     model = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
-    monkeypatch.setattr(lpips, "LPIPS", lambda **keywords: model)
-    network: NetworkName = f"lpips_{trunk}"  # type: ignore[assignment]
-    ours = load_network(network)
-    images, other = draw_images(1, 64, 80), draw_images(2, 64, 80)
-    with torch.no_grad():
-        expected = model(images, other).flatten()
-    torch.testing.assert_close(distance(ours, images, other), expected, rtol=1e-6, atol=1e-7)
+    name = lpips_family.TRUNKS[trunk][1]
+    cache = tmp_path_factory.mktemp("cache")
+    entry = registry.FILES[name]
+    path = cache / "files" / entry.filename
+    path.parent.mkdir()
+    state = {f"features.{key.partition('.')[2]}": v for key, v in model.net.state_dict().items()}
+    torch.save({**state, "classifier.0.weight": torch.zeros(3)}, path)
+    own = replace(entry, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), bytes=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LMEXP_CACHE", str(cache))
+        patch.setitem(registry.FILES, name, own)
+        network: NetworkName = f"lpips_{trunk}"  # type: ignore[assignment]
+        return trunk, model, load_network(network)
+
+
+def test_lpips_of_its_authors(published: tuple[str, lpips.LPIPS, PerceptualNetwork]) -> None:
+    trunk, model, ours = published
+    assert len(ours.channel_weights) == (7 if trunk == "squeeze" else 5)
+    for height, width in ((64, 80), (65, 47)):
+        images, other = draw_images(1, height, width), draw_images(2, height, width)
+        with torch.no_grad():
+            expected = model(images, other).flatten()
+        got = distance(ours, images, other)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        # Random trunks give distances that 1e-6 is small against.
+        assert expected.min() > 1e-3
     assert len(ours.weights_sha256) == 64
     assert not any(parameter.requires_grad for parameter in ours.parameters())  # type: ignore[attr-defined]
 
 
-def test_lpips_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(**keywords: object) -> None:
-        raise urllib.error.URLError("no route to host")
+def test_spatial_lpips_of_its_authors(
+    published: tuple[str, lpips.LPIPS, PerceptualNetwork],
+) -> None:
+    _, model, ours = published
+    images, other = draw_images(1, 64, 80), draw_images(2, 64, 80)
+    model.spatial = True
+    try:
+        with torch.no_grad():
+            expected = model(images, other)
+            target = [normalise(layer) for layer in ours.features(other)]
+            got = distance_map(ours.features(images), target, ours.channel_weights, (64, 80))
+    finally:
+        model.spatial = False
+    assert got.shape == (2, 1, 64, 80)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
-    monkeypatch.setattr(lpips, "LPIPS", fail)
+
+def test_gradient_is_that_of_its_authors(
+    published: tuple[str, lpips.LPIPS, PerceptualNetwork],
+) -> None:
+    _, model, ours = published
+    images, other = draw_images(1, 64, 64).requires_grad_(True), draw_images(2, 64, 64)
+    with torch.no_grad():
+        target = [normalise(layer) for layer in ours.features(other)]
+    value = feature_distance(ours.features(images), target, ours.channel_weights)
+    (got,) = torch.autograd.grad(value.sum(), images)
+    (expected,) = torch.autograd.grad(model(images, other).sum(), images)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    state = {"features.0.weight": torch.zeros(64, 3, 3, 3)}
+    with pytest.raises(LmexpError, match="not the weights of torchvision's alexnet") as raised:
+        lpips_family.build_trunk("alexnet", state, "x.pth")
+    assert "\n" not in str(raised.value)
+
+
+def test_lpips_without_network_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LmexpError("no route to host")
+
+    monkeypatch.setenv("LMEXP_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("lmexp.weights.transfer.bring", fail)
     with pytest.raises(LmexpError, match=r"no route to host.*alexnet-owt-7be5be79\.pth") as raised:
         lpips_family.load("alex")
     assert "\n" not in str(raised.value)

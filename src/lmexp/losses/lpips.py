@@ -69,6 +69,33 @@ def feature_distance(
     return total
 
 
+def distance_map(
+    features: Sequence[Tensor],
+    target: Sequence[Tensor],
+    channel_weights: Sequence[Tensor],
+    size: tuple[int, int],
+) -> Tensor:
+    """LPIPS as a picture of where two images differ: each layer's distances, enlarged and added.
+
+    Its mean is about `feature_distance`, which averages before it adds.
+
+    Args:
+        features, target, channel_weights: as in `feature_distance`.
+        size: height and width of the map, px; those of the images.
+
+    Returns:
+        [N, 1, height, width].
+
+    Source: Zhang et al., arXiv 1801.03924; the package lpips with spatial=True.
+    """
+    total = features[0].new_zeros(len(features[0]), 1, *size, dtype=target[0].dtype)
+    for now, wanted, channels in zip(features, target, channel_weights, strict=True):
+        squares = (normalise(now) - wanted).square()
+        distance = (squares * channels.to(squares.dtype)[:, None, None]).sum(1, keepdim=True)
+        total = total + F.interpolate(distance, size=size, mode="bilinear", align_corners=False)
+    return total
+
+
 def spread(keep: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
     """A mask as weights of the places of each layer, summing to 1 per image.
 
@@ -100,8 +127,8 @@ class Lpips:
     Args:
         weight: ≥ 0, λ of the term.
         network: whose features: shift-tolerant LPIPS (`stlpips_*`), the trunk of an edge
-            detector without linear heads (`hed_vgg16`), or LPIPS itself (`lpips_*`, its
-            weights are fetched from torchvision's host on first use).
+            detector without linear heads (`hed_vgg16`), or LPIPS itself (`lpips_*`, whose
+            trunks are fetched from torchvision's host on first use).
         resolution: images are averaged down to this side before the network, px; null: never.
         mask: regions to ignore in both faces; empty: none. Without an expression (the look
             alone is inverted) nothing is in contradiction and nothing ignored.
