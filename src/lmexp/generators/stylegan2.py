@@ -83,7 +83,7 @@ class MappingNetwork(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """z: [N, z_dim], standard normal -> w: [N, w_dim]."""
-        w = normalize_second_moment(z.float())
+        w = normalize_second_moment(z)
         if self.label is not None:
             w = torch.cat([w, self.label.expand(len(w), -1)], dim=1)
         for layer in self.layers:
@@ -98,7 +98,7 @@ class ModulatedConv(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         name: stem of its tensors, such as "synthesis.64.conv0".
-        dtype: of its features.
+        half: type of its features; None: the network's own, float32.
         noise: its own noise map, [R, R]; None for no noise.
         low_pass: doubles the side with this filter; None keeps the side.
         gain: of its output, and of the clamp.
@@ -115,22 +115,22 @@ class ModulatedConv(nn.Module):
         config: StyleGAN2Config,
         tensors: Mapping[str, Tensor],
         name: str,
-        dtype: torch.dtype,
+        half: torch.dtype | None,
         noise: Tensor | None,
         low_pass: LowPass | None = None,
         gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.half_dtype = half
         self.low_pass = low_pass
         clamp = config.conv_clamp
-        if clamp is None and dtype == torch.float16:
+        if clamp is None and half == torch.float16:
             clamp = HALF_CLAMP
         self.clamp = None if clamp is None else clamp * gain
         weight = tensors[f"{name}.weight"].float()
         fan_in = weight[0].numel()
         weight = weight / math.sqrt(fan_in)
-        if dtype != torch.float32:
+        if half is not None:
             # Demodulation undoes any factor of a row. With its largest weight at fan_in^-½ and
             # styles of at most 1, sums stay within the range of float16.
             weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * math.sqrt(fan_in))
@@ -138,15 +138,15 @@ class ModulatedConv(nn.Module):
         self.register_buffer("squares", weight.square().sum((2, 3)))
         if low_pass is not None:
             weight = weight.transpose(0, 1)
-        self.register_buffer("weight", weight.to(dtype).contiguous())
+        self.register_buffer("weight", weight.to(half or torch.float32).contiguous())
         # LeakyReLU is positively homogeneous: its gain is carried by what goes into it.
         self.gain = GAIN * gain
         bias = tensors[f"{name}.bias"].float() * self.gain
-        self.register_buffer("bias", bias.to(dtype)[:, None, None])
+        self.register_buffer("bias", bias.to(half or torch.float32)[:, None, None])
         if noise is not None:
             strength = tensors[f"{name}.noise_strength"].float() * self.gain
             self.register_buffer("noise_strength", strength)
-            noise = (noise.float() * strength).to(dtype)[None, None]
+            noise = (noise.float() * strength).to(half or torch.float32)[None, None]
         self.register_buffer("noise", noise)
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
@@ -161,22 +161,22 @@ class ModulatedConv(nn.Module):
             [N, C_out, H, W]; H = 2h where it doubles the side, else h.
         """
         styles = self.affine(w)
-        if self.dtype != torch.float32:
+        if self.half_dtype is not None:
             # No gradient has to pass through a factor that demodulation undoes.
             styles = styles / styles.detach().abs().amax(1, keepdim=True)
         demodulation = torch.rsqrt(F.linear(styles.square(), self.squares) + EPSILON) * self.gain
-        x = x * styles.to(self.dtype)[:, :, None, None]
+        x = x * styles.to(x.dtype)[:, :, None, None]
         if self.low_pass is None:
             x = F.conv2d(x, self.weight, padding=1)
         else:
             x = F.conv_transpose2d(x, self.weight, stride=2)
             x = self.low_pass.upsample_convolved(x)
-        x = x * demodulation.to(self.dtype)[:, :, None, None]
+        x = x * demodulation.to(x.dtype)[:, :, None, None]
         if self.noise is not None:
             if noise is None:
                 x = x.add_(self.noise)
             else:
-                x = x.add_((noise * self.noise_strength).to(self.dtype))
+                x = x.add_((noise * self.noise_strength).to(x.dtype))
         x = F.leaky_relu_(x.add_(self.bias), LEAK)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
@@ -188,7 +188,7 @@ class ToRGB(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         name: stem of its tensors, such as "synthesis.64.to_rgb".
-        dtype: of its features.
+        half: type of its features; None: the network's own, float32.
     """
 
     weight: Tensor
@@ -199,11 +199,11 @@ class ToRGB(nn.Module):
         config: StyleGAN2Config,
         tensors: Mapping[str, Tensor],
         name: str,
-        dtype: torch.dtype,
+        half: torch.dtype | None,
     ) -> None:
         super().__init__()
         clamp = config.conv_clamp
-        self.clamp = HALF_CLAMP if clamp is None and dtype == torch.float16 else clamp
+        self.clamp = HALF_CLAMP if clamp is None and half == torch.float16 else clamp
         self.affine = Dense(tensors, f"{name}.affine")
         weight = tensors[f"{name}.weight"].float().flatten(1)
         self.register_buffer("weight", weight / math.sqrt(weight.shape[1]))
@@ -213,7 +213,7 @@ class ToRGB(nn.Module):
         """x: [N, C, h, w], w: [N, w_dim] -> [N, img_channels, h, w], float32."""
         weight = self.weight * self.affine(w)[:, None]
         image: Tensor = torch.bmm(weight.to(x.dtype), x.flatten(2))
-        image = image.reshape(len(x), -1, *x.shape[2:]).float() + self.bias
+        image = image.reshape(len(x), -1, *x.shape[2:]).to(self.bias.dtype) + self.bias
         return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
@@ -224,7 +224,7 @@ class Block(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         side: of its feature maps, px.
-        dtype: of its features.
+        half: type of its features; None: the network's own, float32.
         noises: its convolutions' own noise maps; None where there is none.
         low_pass: the filter between resolutions.
     """
@@ -236,25 +236,25 @@ class Block(nn.Module):
         config: StyleGAN2Config,
         tensors: Mapping[str, Tensor],
         side: int,
-        dtype: torch.dtype,
+        half: torch.dtype | None,
         noises: Sequence[Tensor | None],
         low_pass: LowPass,
     ) -> None:
         super().__init__()
         name, residual = f"synthesis.{side}", config.architecture == "resnet"
-        self.dtype = dtype
+        self.half_dtype = half
         self.low_pass = low_pass
         self.conv0 = None
         if side > 4:
-            self.conv0 = ModulatedConv(config, tensors, f"{name}.conv0", dtype, noises[0], low_pass)
+            self.conv0 = ModulatedConv(config, tensors, f"{name}.conv0", half, noises[0], low_pass)
         skip = tensors[f"{name}.skip.weight"] if side > 4 and residual else None
         gain = 1.0 if skip is None else math.sqrt(0.5)
-        self.conv1 = ModulatedConv(config, tensors, f"{name}.conv1", dtype, noises[-1], gain=gain)
+        self.conv1 = ModulatedConv(config, tensors, f"{name}.conv1", half, noises[-1], gain=gain)
         self.to_rgb = None
         if config.has_to_rgb(side):
-            self.to_rgb = ToRGB(config, tensors, f"{name}.to_rgb", dtype)
+            self.to_rgb = ToRGB(config, tensors, f"{name}.to_rgb", half)
         if skip is not None:
-            skip = (skip.float() / math.sqrt(2 * skip.shape[1])).to(dtype)
+            skip = (skip.float() / math.sqrt(2 * skip.shape[1])).to(half or torch.float32)
         self.register_buffer("skip", skip)
 
     def forward(
@@ -271,7 +271,7 @@ class Block(nn.Module):
         Returns:
             (features [N, C_out, H, W], image [N, img_channels, H, W] if there is one by now).
         """
-        x = x.to(self.dtype)
+        x = x.to(self.half_dtype) if self.half_dtype is not None else x
         shortcut = None
         if self.conv0 is not None:
             if self.skip is not None:
@@ -361,8 +361,8 @@ class StyleGAN2Network(nn.Module):
         for side in config.sides:
             count = 1 if side == 4 else 2
             own, noises = noises[:count], noises[count:]
-            dtype = half if half_precision and side >= first_half else torch.float32
-            self._blocks.append(Block(config, tensors, side, dtype, own, low_pass))
+            chosen = half if half_precision and side >= first_half else None
+            self._blocks.append(Block(config, tensors, side, chosen, own, low_pass))
         if weights_sha256 is None:
             weights_sha256 = store.digest(tensors)
         self.weights_sha256 = weights_sha256
@@ -416,7 +416,7 @@ class StyleGAN2Network(nn.Module):
                     f"noise_bufs: shapes {shapes} after N, but this generator takes one channel of "
                     f"{self.noise_shapes or 'nothing: its noise is part of its weights'}"
                 )
-        styles = ws.float().unbind(1)
+        styles = ws.unbind(1)
         noises = tuple(noise_bufs) or (None,) * (len(styles) - 1)
         x: Tensor = self.const
         image: Tensor | None = None

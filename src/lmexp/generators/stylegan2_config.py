@@ -336,7 +336,7 @@ def _is_number(value: object) -> bool:
 def _require(fits: bool, key: str, value: object, wanted: str) -> None:
     if not fits:
         raise LmexpError(
-            f"StyleGAN2 {key}: {value!r}, but it must be {wanted}; check the checkpoint"
+            f"StyleGAN2 {key}: {value!r}, but it must be {wanted}; give another value or checkpoint"
         )
 
 
