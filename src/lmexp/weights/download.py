@@ -65,7 +65,7 @@ def find_sdist(sdist: Sdist) -> str:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--no-color", "-vv", impossible]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.findall(r"Found link (\S+)", done.stdout + done.stderr)
+    found = re.findall(r"Found link (\S+?),?\s", done.stdout + done.stderr)
     for link in found:
         address, _, _ = str(link).partition("#")
         if address.rpartition("/")[2] == sdist.filename:
