@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,16 @@ def test_component_reads_a_checkpoint(tmp_path: Path) -> None:
     discriminator = StyleGAN2Discriminator(made.discriminator, made.tensors)
     images = generator.synthesis(ws)
     assert torch.equal(generator.discriminator()(images), discriminator(images))
+
+
+def test_guide_writes_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = Path(__file__).parents[2] / "docs" / "bring_your_own_checkpoint.md"
+    (block,) = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, str(guide), "exec"), {})
+    generator = StyleGAN2("mine.safetensors")
+    assert generator.resolution == 64
+    assert generator.synthesis(draw_ws(generator, 1)).isfinite().all()
 
 
 def test_component_without_discriminator(tmp_path: Path) -> None:
