@@ -297,10 +297,20 @@ def _describe(start: bytes) -> tuple[str, str]:
     # ONNX has no magic number: field 1, the version, then field 2, the producer's name.
     if len(start) > 3 and start[0] == 0x08 and start[2] == 0x12:
         return "it looks like an ONNX model", f"give one of: {_KNOWN}"
-    whole = start[:-4] if len(start) == 1024 else start
-    if whole and all(byte >= 32 or byte in b"\t\r\n\f" for byte in whole):
+    if _is_text(start):
         return "it is a text file", f"give one of: {_KNOWN}"
     return "its content is of no known kind", f"give one of: {_KNOWN}"
+
+
+def _is_text(start: bytes) -> bool:
+    # A character may be cut where the excerpt ends.
+    for cut in range(4 if len(start) == 1024 else 1):
+        try:
+            text = start[: len(start) - cut].decode()
+        except UnicodeDecodeError:
+            continue
+        return all(character >= " " or character in "\t\r\n\f" for character in text)
+    return False
 
 
 def _is_safetensors(file: memoryview) -> bool:

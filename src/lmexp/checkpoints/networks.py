@@ -219,7 +219,7 @@ def infer_generator(
             use_noise="synthesis.4.conv1.noise_strength" in shapes,
         )
     except LmexpError as fault:
-        raise RefusedError(str(fault)) from fault
+        raise _refuse(fault) from fault
 
 
 def infer_discriminator(
@@ -274,7 +274,12 @@ def infer_discriminator(
             embed_features=embedded,
         )
     except LmexpError as fault:
-        raise RefusedError(str(fault)) from fault
+        raise _refuse(fault) from fault
+
+
+def _refuse(fault: LmexpError) -> RefusedError:
+    reason, _, way_out = str(fault).rpartition("; ")
+    return RefusedError(reason, way_out)
 
 
 class _Shapes(dict[str, tuple[int, ...]]):

@@ -31,7 +31,7 @@ def read_pickle(file: memoryview) -> object:
     Raises:
         RefusedError: it is damaged, or asks for anything but tensors and plain values.
     """
-    budget = Budget(binary=len(file))
+    budget = Budget(text=len(file), binary=len(file))
     names = names_for(budget, lambda data: _read_storage(data, budget))
     value, end = PickleReader(file, names, budget, set_state).read()
     if end != len(file):
@@ -45,7 +45,7 @@ def read_stream(file: memoryview) -> object:
     Raises:
         RefusedError: it is damaged, or asks for anything but tensors and plain values.
     """
-    return _read_stream(file, Budget(binary=len(file)))
+    return _read_stream(file, Budget(text=len(file), binary=len(file)))
 
 
 def read_zip(file: memoryview) -> object:
@@ -65,7 +65,7 @@ def read_zip(file: memoryview) -> object:
         raise RefusedError("the zip file has members beside its checkpoint")
     if bytes(members.get(f"{root}/byteorder", b"little")[:7]) != b"little":
         raise RefusedError("it was saved on a big-endian machine", "save it again on another one")
-    budget = Budget(binary=len(file))
+    budget = Budget(text=len(file), binary=len(file))
     storages: dict[str, Storage] = {}
 
     def find_storage(identity: object) -> Storage:

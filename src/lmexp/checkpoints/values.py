@@ -98,7 +98,7 @@ class Storage:
         """
         if len(data) != self.count * self.element.size:
             raise RefusedError(
-                f"a storage of {self.count} elements has {len(data)} bytes", "fetch the file again"
+                f"a storage of {self.count} elements has {len(data)} bytes", "fetch it again"
             )
         self.data = data
 
@@ -153,7 +153,7 @@ class StoredTensor:
         storage = self.storage
         code = storage.element.code
         if storage.data is None:
-            raise RefusedError("a storage is missing", "fetch the file again")
+            raise RefusedError("a storage is missing", "fetch it again")
         if code != "bf16" and np.dtype(code).kind != "f":
             raise RefusedError(f"a weight has elements of type {code}, not floating-point ones")
         raw = np.frombuffer(storage.data, dtype="<u2" if code == "bf16" else code)

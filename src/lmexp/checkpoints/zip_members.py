@@ -63,7 +63,9 @@ def _find_directory(file: memoryview) -> tuple[int, int, int]:
     if found < 0:
         raise RefusedError("it is truncated: a zip file without its directory", _AGAIN)
     at = tail_start + found
-    count, size, start = _unpack("<HII", file, at + 10)
+    count, size, start, note_size = _unpack("<HIIH", file, at + 10)
+    if at + 22 + note_size != len(file):
+        raise RefusedError("it is truncated, or something follows its zip file", _AGAIN)
     locator = at - 20
     if locator >= 0 and bytes(file[locator : locator + 4]) == b"PK\x06\x07":
         (record,) = _unpack("<Q", file, locator + 8)
@@ -92,6 +94,8 @@ def _read_entry(file: memoryview, at: int, end: int) -> tuple[str, int, int, int
     if 0xFFFFFFFF in sizes:
         sizes = _read_zip64(file, extra, extra + extra_size, sizes)
     length, packed, where = sizes
+    if method != 0 and name.split("/")[1:2] == ["code"]:
+        raise RefusedError("it is a TorchScript archive, a program", "give its checkpoint")
     if method != 0 or packed != length:
         raise RefusedError(
             f"the zip file's member {show(name)} is compressed, which torch never does",
