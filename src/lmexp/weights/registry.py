@@ -387,7 +387,7 @@ FILES: dict[str, FileEntry] = {
                     "Simonyan and Zisserman, arXiv 1409.1556",
                     "vgg16-397923af.pth",
                     "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-                    None,
+                    553_433_881,
                     553.4,
                 ),
                 (
@@ -395,8 +395,8 @@ FILES: dict[str, FileEntry] = {
                     "squeeze",
                     "Iandola et al., arXiv 1602.07360",
                     "squeezenet1_1-b8a52dc0.pth",
-                    "b8a52dc0",
-                    None,
+                    "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
+                    4_958_839,
                     5,
                 ),
             )

@@ -32,7 +32,10 @@ ATTEMPTS = 5
 MOST_ATTEMPTS = 200
 """Attempts in all, for a host that drops the connection after every few bytes."""
 
-PAUSE = 1.0
+UNREACHED = 3
+"""As how many of them an attempt counts that did not even reach the host."""
+
+PAUSE = 0.5
 """Before the second attempt, s; doubled before each further one."""
 
 TIMEOUT = (10.0, 60.0)
@@ -44,6 +47,10 @@ CHUNK = 1 << 18
 
 class InterruptedTransferError(Exception):
     """The attempt ended early; the next may go on from there."""
+
+
+class UnreachedHostError(InterruptedTransferError):
+    """There was no connection at all: waiting long would only delay the message."""
 
 
 class StalePartError(InterruptedTransferError):
@@ -109,7 +116,8 @@ def bring(address: str, target: Path, size: int | None = None, verify: bool | st
             except InterruptedTransferError as error:
                 if isinstance(error, StalePartError):
                     discard(target)
-                fruitless = 0 if _length(part) > before else fruitless + 1
+                count = UNREACHED if isinstance(error, UnreachedHostError) else 1
+                fruitless = 0 if _length(part) > before else fruitless + count
                 if fruitless >= ATTEMPTS:
                     raise LmexpError(first_line(error)) from error
                 time.sleep(PAUSE * 2**fruitless)
@@ -143,10 +151,12 @@ def _attempt(
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers |= {"Range": f"bytes={have}-", "If-Range": origin.validator}
+    reached = False
     try:
         with requests.get(
             address, headers=headers, stream=True, timeout=TIMEOUT, verify=verify
         ) as reply:
+            reached = True
             found = _judge(reply, address, have, origin)
             if size is not None and found.total is not None and found.total != size:
                 raise LmexpError(f"the host's file has {found.total} bytes, expected {size}")
@@ -162,7 +172,8 @@ def _attempt(
     except requests.exceptions.SSLError as error:
         raise LmexpError(f"the host's certificate is not trusted: {_reason(error)}") from error
     except requests.exceptions.RequestException as error:
-        raise InterruptedTransferError(_reason(error)) from error
+        kind = InterruptedTransferError if reached else UnreachedHostError
+        raise kind(_reason(error)) from error
     if found.total is not None and _length(part) < found.total:
         raise InterruptedTransferError("the connection broke")
     wanted = size if size is not None else found.total
