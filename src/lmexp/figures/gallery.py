@@ -12,9 +12,9 @@ from lmexp.composition import conf_folder
 from lmexp.config import Component
 from lmexp.errors import LmexpError
 from lmexp.figures.paper import paper_style, save_figure
-from lmexp.figures.protocol import PaperFigure
+from lmexp.figures.protocol import PaperFigure, TextFigure
 from lmexp.figures.runs import read_sweep
-from lmexp.recording.atomic_file import DiskFullError, write_error
+from lmexp.recording.atomic_file import DiskFullError, write_atomically, write_error
 
 _log = logging.getLogger("lmexp.figures")
 
@@ -43,7 +43,7 @@ def make_all(
         only: name of the only figure to make.
 
     Returns:
-        The files, PNG and PDF.
+        The files: PNG and PDF, and what a figure writes as text.
 
     Raises:
         LmexpError: there is no finished run, no such figure, or it cannot be made of these runs.
@@ -72,6 +72,10 @@ def make_all(
             with paper_style(built.font_size):
                 for stem, figure in built.draw(sweep):
                     written += save_figure(figure, out / stem)
+            if isinstance(built, TextFigure):
+                for file, text in built.texts(sweep):
+                    write_atomically(out / file, text.encode(), durable=False)
+                    written.append(out / file)
         except DiskFullError:
             raise
         except LmexpError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from matplotlib.figure import Figure
 
@@ -25,4 +25,13 @@ class PaperFigure(Protocol):
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
         """Yield the file's stem and the figure, once a page; called inside `paper_style`."""
+        ...
+
+
+@runtime_checkable
+class TextFigure(Protocol):
+    """A figure that is also written as text: a table's numbers, for other programs."""
+
+    def texts(self, sweep: Sweep) -> Iterator[tuple[str, str]]:
+        """Yield a file's name and what stands in it."""
         ...

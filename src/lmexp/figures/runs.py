@@ -48,6 +48,11 @@ class Run:
         measured = self.summary.get("nme") or {}
         return {name: float(value) for name, value in measured.items() if value is not None}
 
+    @property
+    def scores(self) -> dict[str, Any]:
+        """What independent judges say, as in docs/scores.md; empty if nothing was measured."""
+        return self.summary.get("scores") or {}
+
     def curve(self, kind: str, term: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of one term.
 

@@ -1,0 +1,330 @@
+"""What expression costs in identity: every run as a point, the front, and its knee."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+from pydantic import Field
+
+from lmexp.figures.paper import COLOURS, GREY, INK, PAGE_WIDTH, Dpi, FontSize, Sheet, Width, wrap
+from lmexp.figures.runs import Run, Sweep, read_sweep, show_value
+from lmexp.metrics.table import Row, ScoredRun, tabulate
+from lmexp.recording.run_folder import Picture
+
+_FARTHEST = 1.25
+"""Identity kept beyond which a baseline is only pointed at: the photo itself keeps more than any
+inversion does, and would squeeze the rest together."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run, or one recipe over several pairs, or a baseline.
+
+    Attributes:
+        label: what it is called.
+        kept: identity kept, mean over the inversions' mean; 1 is what plain inversion keeps.
+        taken: expression taken, 1 − error over the unchanged look's error; 1 is all of it.
+        kind: a point of the sweep, one beside it, or a baseline.
+        overrides: the line that makes it.
+        picture: its result; None for a baseline.
+    """
+
+    label: str
+    kept: float
+    taken: float
+    kind: Literal["sweep", "beside", "baseline"]
+    overrides: str = ""
+    picture: Picture | None = None
+
+
+class Pareto:
+    """A plot of identity kept (right is better) against expression taken (up is better).
+
+    Args:
+        measure: what the expression is measured by: the mouth's opening, or its shape.
+        beside: folders of finished runs of the same pair, drawn in for comparison; they do not
+            take part in the front.
+        width, height: of the figure, in.
+        thumbnail: side of a picture, in.
+        font_size: pt.
+        dpi: pixels an inch.
+    """
+
+    def __init__(
+        self,
+        measure: Literal["mouth_error", "nme_aligned.mouth"] = "mouth_error",
+        beside: tuple[str, ...] = (),
+        width: Width = PAGE_WIDTH,
+        height: Width = 4.6,
+        thumbnail: Annotated[float, Field(gt=0.05, le=3)] = 0.5,
+        font_size: FontSize = 8,
+        dpi: Dpi = 300,
+    ) -> None:
+        self.measure = measure
+        self.beside = beside
+        self.width = width
+        self.height = height
+        self.thumbnail = thumbnail
+        self.font_size = font_size
+        self.dpi = dpi
+
+    def why_not(self, sweep: Sweep) -> str:
+        """It needs three points at least, and the scores of an inversion to hold them against."""
+        found = [point for point in self.points(sweep) if point.kind == "sweep"]
+        if len(found) < 3:
+            return (
+                "it needs three runs with scores (identity and landmarks) and with an inversion, "
+                f"these are {len(found)}"
+            )
+        return ""
+
+    def points(self, sweep: Sweep) -> list[Point]:
+        """Runs (or recipes, where that is a factor), those beside them, and the baselines."""
+        by_recipe = "recipe" in sweep.factors
+        runs = [
+            (str(run.overrides["recipe"]) if by_recipe else label, run)
+            for run, label in zip(sweep.runs, sweep.labels, strict=True)
+        ]
+        others = [
+            (f"{run.label}", run) for folder in self.beside for run in read_sweep(Path(folder)).runs
+        ]
+        kinds: dict[str, Literal["sweep", "beside"]] = {
+            **dict.fromkeys((name for name, _ in others), "beside"),
+            **dict.fromkeys((name for name, _ in runs), "sweep"),
+        }
+        first: dict[str, Run] = {}
+        for name, run in (*runs, *others):
+            first.setdefault(name, run)
+        rows = tabulate(
+            ScoredRun(name, str(run.summary.get("label", run.label)), run.scores)
+            for name, run in (*runs, *others)
+        )
+        return [point for row in rows if (point := self._point(row, kinds, first)) is not None]
+
+    def _point(
+        self,
+        row: Row,
+        kinds: dict[str, Literal["sweep", "beside"]],
+        first: dict[str, Run],
+    ) -> Point | None:
+        share = row.shares.get(self.measure)
+        if share is None or row.identity_kept is None:
+            return None
+        if row.baseline:
+            return Point(row.name, row.identity_kept, 1 - share, "baseline")
+        run = first[row.name]
+        words = [f"{key}={value}" for key, value in run.overrides.items() if key != "recipe"]
+        line = f"recipe {row.name}" if "recipe" in run.overrides else shlex.join(words)
+        picture = run.folder.read_picture("proj")
+        return Point(row.name, row.identity_kept, 1 - share, kinds[row.name], line, picture)
+
+    def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
+        """Yield "pareto"."""
+        points = self.points(sweep)
+        own = [point for point in points if point.kind == "sweep"]
+        best = find_front([(point.kept, point.taken) for point in own])
+        front = [own[index] for index in best]
+        knee = front[find_knee([(point.kept, point.taken) for point in front])]
+
+        line = self.font_size / 72 * 1.25
+        left, bottom = 0.6, 3 * line + 0.32
+        sheet = Sheet(self.width, self.height, self.dpi)
+        across, tall = self.width - left - 0.1, self.height - 0.1 - bottom
+        axes = sheet.add_axes(left, 0.1, across, tall)
+        self._set_limits(axes, points)
+        axes.plot(
+            [point.kept for point in front], [point.taken for point in front], color=COLOURS[0]
+        )
+        for point in points:
+            self._mark(axes, point, knee=point is knee)
+        self._add_pictures(sheet, axes, (left, 0.1, across, tall), points, knee)
+        error = "mouth opening's error" if self.measure == "mouth_error" else "aligned mouth NME"
+        axes.set_xlabel("identity kept: cosine to the look, over the plain inversion's")
+        axes.set_ylabel(f"expression taken: 1 − {error} / unchanged look's")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        told = f"knee: {knee.overrides}  ({knee.kept:.0%} kept, {knee.taken:.0%} taken)"
+        lines = wrap(told, self.width, self.font_size)
+        for number, text in enumerate(reversed(lines)):
+            y = self.height - 0.04 - (number + 0.5) * line
+            sheet.add_text(text, 0.02, y, align="left", colour=COLOURS[1])
+        yield "pareto", sheet.figure
+
+    def texts(self, sweep: Sweep) -> Iterator[tuple[str, str]]:
+        """Yield "pareto.txt": the knee's overrides, to copy, then every point."""
+        points = self.points(sweep)
+        own = [point for point in points if point.kind == "sweep"]
+        front = [own[i] for i in find_front([(point.kept, point.taken) for point in own])]
+        knee = front[find_knee([(point.kept, point.taken) for point in front])]
+        lines = [knee.overrides, "", "kept\ttaken\tfront\tpoint"]
+        lines += [
+            f"{point.kept:.4f}\t{point.taken:.4f}\t{'yes' if point in front else 'no'}\t"
+            f"{point.overrides or point.label}"
+            for point in points
+        ]
+        yield "pareto.txt", "\n".join([*lines, ""])
+
+    def _set_limits(self, axes: Axes, points: Sequence[Point]) -> None:
+        shown = [point for point in points if point.kept <= _FARTHEST]
+        for values, setter in (
+            ([point.kept for point in shown], axes.set_xlim),
+            ([point.taken for point in shown], axes.set_ylim),
+        ):
+            low, high = min(values), max(values)
+            room = 0.1 * (high - low or 1.0)
+            setter(low - room, high + room)
+
+    def _mark(self, axes: Axes, point: Point, *, knee: bool) -> None:
+        if point.kept > _FARTHEST:
+            axes.annotate(
+                f"{point.label} ({point.kept:.0%}) →",
+                (axes.get_xlim()[1], point.taken),
+                ha="right",
+                va="bottom",
+                color=GREY,
+                fontsize=self.font_size - 1,
+                annotation_clip=False,
+            )
+            return
+        marker, colour = {
+            "sweep": ("o", COLOURS[0]),
+            "beside": ("s", COLOURS[2]),
+            "baseline": ("D", GREY),
+        }[point.kind]
+        axes.plot(point.kept, point.taken, marker, color=colour, markersize=4, zorder=4)
+        if knee:
+            axes.plot(
+                point.kept,
+                point.taken,
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=COLOURS[1],
+                markeredgewidth=1.4,
+                zorder=5,
+            )
+        if point.kind != "sweep":
+            axes.annotate(
+                point.label if point.kind == "baseline" else show_value(point.label),
+                (point.kept, point.taken),
+                xytext=(4, -9),
+                textcoords="offset points",
+                color=colour,
+                fontsize=self.font_size - 1,
+            )
+
+    def _add_pictures(
+        self,
+        sheet: Sheet,
+        axes: Axes,
+        box: tuple[float, float, float, float],
+        points: Sequence[Point],
+        knee: Point,
+    ) -> None:
+        """Each picture beside its point, where the next free place is, tied to it by a line."""
+        (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+        left, top, across, tall = box
+        places = [
+            (
+                point,
+                left + (point.kept - x0) / (x1 - x0) * across,
+                top + (y1 - point.taken) / (y1 - y0) * tall,
+            )
+            for point in points
+            if point.picture is not None
+        ]
+        # The knee first: it gets the best place.
+        places.sort(key=lambda place: place[0] is not knee)
+        marks = [(x, y) for _, x, y in places]
+        side, taken = self.thumbnail, list[tuple[float, float]]()
+        for point, x, y in places:
+            centre = _free_place((x, y), side, taken, marks, box)
+            if centre is None:
+                continue  # the sheet is full: the point stays, without its picture
+            taken.append(centre)
+            assert point.picture is not None
+            _tie(sheet, (x, y), centre, side, INK if point is knee else GREY)
+            sheet.add_picture(point.picture, centre[0] - side / 2, centre[1] - side / 2, side)
+
+
+def _free_place(
+    point: tuple[float, float],
+    side: float,
+    taken: Sequence[tuple[float, float]],
+    marks: Sequence[tuple[float, float]],
+    box: tuple[float, float, float, float],
+) -> tuple[float, float] | None:
+    """The nearest centre of a square of `side` that covers neither a square nor a mark, in."""
+    left, top, across, tall = box
+    for radius in np.arange(0.62, 4.0, 0.12) * side:
+        for angle in np.linspace(0, 2 * math.pi, 24, endpoint=False) - math.pi / 4:
+            x, y = point[0] + radius * math.cos(angle), point[1] + radius * math.sin(angle)
+            inside = left <= x - side / 2 and x + side / 2 <= left + across
+            inside = inside and top <= y - side / 2 and y + side / 2 <= top + tall
+            clear = all(max(abs(x - a), abs(y - b)) > 1.04 * side for a, b in taken)
+            clear = clear and all(max(abs(x - a), abs(y - b)) > 0.56 * side for a, b in marks)
+            if inside and clear:
+                return float(x), float(y)
+    return None
+
+
+def _tie(
+    sheet: Sheet,
+    point: tuple[float, float],
+    centre: tuple[float, float],
+    side: float,
+    colour: str,
+) -> None:
+    """A line from a point to the edge of its picture."""
+    across, down = centre[0] - point[0], centre[1] - point[1]
+    share = 1 - side / 2 / max(abs(across), abs(down))
+    x, y = point[0] + share * across, point[1] + share * down
+    line = Line2D(
+        [point[0] / sheet.width, x / sheet.width],
+        [1 - point[1] / sheet.height, 1 - y / sheet.height],
+        color=colour,
+        linewidth=0.5,
+    )
+    sheet.figure.add_artist(line)
+
+
+def find_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates, by falling first one.
+
+    Args:
+        points: the larger the better, in both.
+    """
+    order = sorted(range(len(points)), key=lambda index: points[index], reverse=True)
+    front: list[int] = []
+    for index in order:
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
+
+
+def find_knee(front: Sequence[tuple[float, float]]) -> int:
+    """Index of the point that lies farthest beyond the chord of the front's ends.
+
+    Both coordinates are first brought to [0, 1] over the front, so that their units do not
+    matter. A front of one or two points has no bend: the one with the larger sum, so brought,
+    is taken (the first of equals).
+
+    Source: Das, "On characterizing the 'knee' of the Pareto curve based on normal-boundary
+    intersection", Structural Optimization 18, 1999; for curves known as Kneedle (Satopää et
+    al., ICDCS-W 2011).
+    """
+    values = np.asarray(front, dtype=float)
+    span = np.ptp(values, axis=0)
+    scaled = (values - values.min(0)) / np.where(span > 0, span, 1.0)
+    # The chord goes from (1, 0) to (0, 1): the distance from it grows with the sum.
+    return int(np.argmax(np.round(scaled.sum(1), 12)))
