@@ -189,8 +189,10 @@ class Pareto:
             axes.annotate(
                 f"{point.label} ({point.kept:.0%}) →",
                 (axes.get_xlim()[1], point.taken),
+                xytext=(0, -3),
+                textcoords="offset points",
                 ha="right",
-                va="bottom",
+                va="top",
                 color=GREY,
                 fontsize=self.font_size - 1,
                 annotation_clip=False,
@@ -214,11 +216,13 @@ class Pareto:
                 zorder=5,
             )
         if point.kind != "sweep":
+            right = point.kept > sum(axes.get_xlim()) / 2
             axes.annotate(
                 point.label if point.kind == "baseline" else show_value(point.label),
                 (point.kept, point.taken),
-                xytext=(4, -9),
+                xytext=(-5 if right else 5, 3),
                 textcoords="offset points",
+                ha="right" if right else "left",
                 color=colour,
                 fontsize=self.font_size - 1,
             )
