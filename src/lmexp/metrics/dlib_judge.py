@@ -64,9 +64,9 @@ class DlibJudge:
     def __init__(self, say: store.Say = store.say_on_stderr) -> None:
         predictor = store.file_path("dlib_landmarks_68", say)
         network = store.file_path("dlib_identity", say)
-        self.weights_sha256 = {
-            "landmarks": hashlib.sha256(predictor.read_bytes()).hexdigest(),
-            "identity": hashlib.sha256(network.read_bytes()).hexdigest(),
+        self.weights_sha256 = {  # `file_path` has verified them
+            "landmarks": store.find_file("dlib_landmarks_68").sha256,
+            "identity": store.find_file("dlib_identity").sha256,
         }
         self._detect = dlib.get_frontal_face_detector()
         self._predict = dlib.shape_predictor(str(predictor))
