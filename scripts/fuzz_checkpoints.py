@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import pickletools
 import random
 import resource
@@ -251,9 +252,15 @@ _watching = False
 def _watch(event: str, arguments: tuple[object, ...]) -> None:
     if not _watching or event in HARMLESS:
         return
-    opens_for_writing = event == "open" and str(arguments[1:2])[2:3] not in ("r", "N")
-    if opens_for_writing or event.startswith(FORBIDDEN):
+    if (event == "open" and _writes(*arguments[1:3])) or event.startswith(FORBIDDEN):
         _events.append(f"{event} {arguments}"[:200])
+
+
+def _writes(mode: object, flags: object = 0) -> bool:
+    """Whether a file is opened to be written, by `open` (a mode) or `os.open` (flags alone)."""
+    if isinstance(mode, str):
+        return bool(set(mode) & set("wax+"))
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
 def _ring(_signal: int, _frame: object) -> None:

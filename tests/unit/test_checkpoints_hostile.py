@@ -226,6 +226,10 @@ def test_the_watch_sees_what_hostile_files_do(tmp_path: Path) -> None:
         Path("made_too").open("w").close()
     assert any(event.startswith("open") for event in events)
     with fuzzer.watched() as events:
+        os.close(os.open("made_as_well", os.O_CREAT | os.O_WRONLY))
+    assert any(event.startswith("open") for event in events)
+    with fuzzer.watched() as events:
+        Path("made_too").read_bytes()
         pickle.loads(whole(b"N"))
     assert not events
     with fuzzer.watched() as events, pytest.raises(ImportError):
