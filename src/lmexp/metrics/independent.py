@@ -29,6 +29,9 @@ from lmexp.weights import store
 
 log = logging.getLogger("lmexp")
 
+_MASK_SIDE = 128
+"""Of the mask of what changed, before it is brought to the pictures' side."""
+
 PerceptualJudge = Literal["stlpips_alex", "stlpips_vgg", "hed_vgg16"]
 
 
@@ -183,13 +186,18 @@ class IndependentScores:
             (exhibits.look_landmarks, exhibits.expression_landmarks),
             self.changed,
             resolution=exhibits.look.shape[-1],
-            side=self.side,
+            side=_MASK_SIDE,
             dilation=self.dilation,
             softness=self.softness,
         ).to(look)
+        keep = F.interpolate(keep, (self.side, self.side), mode="bilinear")
         places = spread(keep, target)
         channels = network.channel_weights
         for picture, images in pictures.items():
+            if picture == "look":  # by definition; the network would take its time to say so
+                for row in rows:
+                    row[picture] |= {"lpips": 0.0, "lpips_outside": 0.0}
+                continue
             # The look's own pixels fill what changed: features beside it see into it.
             outside = torch.lerp(look, images, keep)
             measured = {
