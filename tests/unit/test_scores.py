@@ -233,22 +233,7 @@ CONFIG = {
         "channels": 4,
         "seed": 0,
     },
-    "latent": {
-        "space": "w",
-        "start": "mean",
-        "samples": 50,
-        "samples_seed": 1,
-        "inversion": {
-            "steps": 1,
-            "learning_rate": 0.1,
-            "rampup": 0.0,
-            "rampdown": 0.0,
-            "noise_factor": 0.0,
-            "noise_ramp": 0.0,
-            "beta1": 0.9,
-            "beta2": 0.9,
-        },
-    },
+    "latent": {"samples": 50, "samples_seed": 1},
 }
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmexp.config import Component, Hardware, Latent
+from lmexp.config import Component, Hardware
 from lmexp.errors import LmexpError
+from lmexp.latents import measure
 from lmexp.metrics.protocol import Exhibits, Scores
 from lmexp.recording.images import to_image
 from lmexp.recording.run_folder import RunFolder
@@ -72,8 +73,10 @@ class Rescorer:
         generator, latent = config["generator"], config["latent"]
         key = json.dumps([generator, latent["samples"], latent["samples_seed"]], sort_keys=True)
         if key not in self._samples:
-            statistics = self._bench.statistics(
-                Component.model_validate(generator), Latent.model_validate(latent)
+            # Not by the schema of today's configs: the run may be older than it.
+            built = self._bench.module(Component.model_validate(generator))
+            statistics = measure(
+                built, latent["samples"], latent["samples_seed"], self._bench.device
             )
             self._samples[key] = statistics.samples
         return self._samples[key]
