@@ -118,7 +118,9 @@ def measure(
         def one_term(bound: Callable[[Candidate], Tensor] = bound) -> Tensor:
             ws = expand(latents.ws, generator.num_ws)
             leaf = images.detach().requires_grad_()
-            candidate = Candidate(leaf, ws, latents.noise_bufs, 0, context.heatmap_network)
+            candidate = Candidate(
+                leaf, ws, latents.noise_bufs, 0, context.heatmap_network, tuple(range(batch))
+            )
             # A term without any path to images or latents still needs a graph to walk.
             return bound(candidate).sum() + 0 * ws.sum()
 
@@ -127,7 +129,9 @@ def measure(
 
     def whole_step() -> Tensor:
         ws = expand(latents.ws, generator.num_ws)
-        candidate = Candidate(render(latents), ws, latents.noise_bufs, 0, context.heatmap_network)
+        candidate = Candidate(
+            render(latents), ws, latents.noise_bufs, 0, context.heatmap_network, tuple(range(batch))
+        )
         return objective(candidate).total.sum()
 
     rows["whole step"] = time_it(whole_step)

@@ -94,6 +94,13 @@ class Latent(Schema):
     samples_seed: Annotated[int, Field(ge=0, lt=2**32)]
     inversion: Optimizer
     """How the look is inverted first; read when `start` is `inversion`."""
+    head_start: Annotated[float, Field(ge=0, le=1.5)]
+    """Share of the way to the expression that the inversion is moved before the first step, along
+    the generator's own statistics; see `lmexp.expression_map`. Read when `start` is `inversion`."""
+    head_start_ws: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+    """First and one past the last of ws that this moves, as far as there are so many."""
+    head_start_samples: Annotated[int, Field(ge=16)]
+    """Pictures from which a generator's statistics are measured, once."""
 
 
 class Hardware(Schema):

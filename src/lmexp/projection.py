@@ -99,6 +99,7 @@ def project(
             noise_bufs=latents.noise_bufs,
             step=step,
             heatmap_network=context.heatmap_network,
+            seeds=tuple(seeds),
         )
         losses = objective(candidate)
         if not losses.total.requires_grad:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmexp import inputs
+from lmexp import expression_map, inputs
 from lmexp.config import Experiment, Optimizer, digest
 from lmexp.errors import LmexpError
 from lmexp.faces.agreement import lay_over
@@ -319,6 +319,7 @@ class _Session:
         began = time.monotonic()
         targets = self._targets(jobs)
         start, inversions = self._start(jobs, context, targets)
+        inverted = None if inversions is None else (start.ws, inversions)
         for k, job in enumerate(jobs):
             job.recorder.start(
                 look=targets.look[k],
@@ -336,6 +337,8 @@ class _Session:
                     ws.float().cpu().numpy(),
                     [noise[k].float().cpu().numpy() for noise in start.noise_bufs],
                 )
+        if inverted is not None:
+            start = self._head_start(jobs, context, targets, start)
         objective = self._objective(jobs, context, targets)
         states = [job.state for job in jobs]
         resume = None if None in states else [state for state in states if state is not None]
@@ -351,7 +354,6 @@ class _Session:
                 resume=resume,
                 callback=_Follower(members, self, bar),
             )
-        inverted = None if inversions is None else (start.ws, inversions)
         self._finish(members, context, targets, final, inverted, began)
 
     def _finish(
@@ -502,6 +504,34 @@ class _Session:
             )
         return start, images
 
+    def _head_start(
+        self, jobs: Sequence[_Job], context: Context, targets: Targets, start: Latents
+    ) -> Latents:
+        """The inversions, part of the way to their expressions already."""
+        latent = jobs[0].config.latent
+        if not latent.head_start:
+            return start
+        first, end = latent.head_start_ws
+        if not first < end:
+            raise LmexpError(
+                f"latent.head_start_ws: [{first}, {end}] holds no ws; the first must be less than "
+                "the second, or set latent.head_start=0"
+            )
+        assert targets.expression_landmarks is not None and targets.landmark_weights is not None
+        ws = expression_map.head_start(
+            start.ws,
+            self.bench.expression_map(jobs[0].config),
+            context.generator,
+            context.heatmap_network,
+            context.latent_statistics,
+            look_landmarks=targets.look_landmarks,
+            expression_landmarks=targets.expression_landmarks,
+            weights=targets.landmark_weights,
+            share=latent.head_start,
+            rows=latent.head_start_ws,
+        )
+        return replace(start, ws=ws)
+
     def _look_objective(
         self, jobs: Sequence[_Job], rows: Sequence[int], context: Context, targets: Targets
     ) -> Objective:
@@ -523,7 +553,8 @@ class _Session:
         used = {
             name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression
         }
-        parts = [plain["generator"], plain["latent"], used, job.config.seed, job.look.digest]
+        latent = {k: v for k, v in plain["latent"].items() if not k.startswith("head_start")}
+        parts = [plain["generator"], latent, used, job.config.seed, job.look.digest]
         return digest(
             [*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")]
         )

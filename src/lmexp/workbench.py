@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lmexp import expression_map
 from lmexp.config import Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
+from lmexp.expression_map import ExpressionMap
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
+from lmexp.recording.progress import ProgressBar
 
 
 class Workbench:
@@ -46,6 +49,30 @@ class Workbench:
         assert isinstance(module, nn.Module)
         module.eval().requires_grad_(False)
         return module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def expression_map(self, config: Experiment) -> ExpressionMap:
+        """How the generator's latents move its landmarks; measured once if nobody has yet."""
+        samples = config.latent.head_start_samples
+        plain = config.generator.model_dump(mode="json", by_alias=True)
+        key = digest([plain, "expression_map", samples])
+        if key not in self._built:
+            generator, network = self.module(config.generator), self.module(config.landmarks)
+            statistics = self.statistics(config.generator, config.latent)
+            found = expression_map.find(generator, network, statistics, samples)
+            if found is None:
+                title = "measuring the generator, once (latent.head_start=0 goes without)"
+                with ProgressBar(samples, title=title) as bar:
+                    found = expression_map.measure(
+                        generator,
+                        network,
+                        statistics,
+                        samples,
+                        progress=lambda done: bar.update(done - 1, {}),
+                    )
+                expression_map.keep(found, generator, network, samples)
+            self._built[key] = found
+        built: ExpressionMap = self._built[key]
+        return built
 
     def statistics(self, generator: Component, latent: Latent) -> LatentStatistics:
         plain = generator.model_dump(mode="json", by_alias=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from lmexp.errors import LmexpError
 from lmexp.losses.landmarks import LandmarkHeatmaps, heatmap_distance, stretch
 from lmexp.losses.protocol import Candidate, Context, Targets
 
@@ -106,9 +107,9 @@ def test_stretched_term_does_not_see_brightness_and_contrast() -> None:
     image = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(1, 3, 4, 4)
     images = torch.cat([image, 0.3 * image + 0.2])
     weights = torch.ones(2, 68)
-    plain = evaluate(LandmarkHeatmaps(), images, weights)
+    plain = evaluate(LandmarkHeatmaps(jitter=0.0), images, weights)
     assert plain[0] == 0 and plain[1] > 1
-    stretched = evaluate(LandmarkHeatmaps(stretch_contrast=True), images, weights)
+    stretched = evaluate(LandmarkHeatmaps(stretch_contrast=True, jitter=0.0), images, weights)
     torch.testing.assert_close(stretched, torch.zeros(2), atol=1e-3, rtol=0)
 
 
@@ -118,8 +119,26 @@ def test_tip_of_the_nose_weighs_as_its_group() -> None:
     weights[:, 31:36] = 1.0  # lower_nose alone
     grey = (torch.linspace(-1, 1, 16) ** 4).sum()
     for tip, members in ((False, range(31, 36)), (True, range(30, 36))):
-        term = LandmarkHeatmaps(tip_in_lower_nose=tip)
+        term = LandmarkHeatmaps(tip_in_lower_nose=tip, jitter=0.0)
         expected = (sum(k**2 for k in members) * grey) ** 0.5
         assert evaluate(term, images, weights).item() == pytest.approx(expected.item(), rel=1e-5)
     # The caller's weights are left as they were.
     assert weights[0, 30] == 0
+
+
+def test_jitter_moves_both_faces_alike() -> None:
+    expression = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(2, 3, 4, 4)
+    points = torch.zeros(2, 68, 2)
+    targets = Targets(expression, points, expression, points, torch.ones(2, 68))
+    network = Squares()
+    bound = LandmarkHeatmaps(jitter=1.0).bind(Context(UNUSED, network, UNUSED), targets)
+    for step in range(3):
+        same = Candidate(expression, torch.zeros(2, 1, 1), (), step, network, (0, 1))
+        assert bound(same).eq(0).all()
+    other = Candidate(expression.roll(1, 3), torch.zeros(2, 1, 1), (), 0, network, (0, 1))
+    assert (bound(other) > 1).all()
+
+
+def test_jitter_and_stretching_exclude_each_other() -> None:
+    with pytest.raises(LmexpError, match="jitter and stretch_contrast"):
+        LandmarkHeatmaps(stretch_contrast=True, jitter=0.5)

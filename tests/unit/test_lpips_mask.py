@@ -9,7 +9,7 @@ from scipy.spatial import ConvexHull
 from skimage.draw import polygon2mask
 from torch import Tensor
 
-from lmexp.losses.mask import BANDS, HULLS, Region, hull_distance, keep_mask
+from lmexp.losses.mask import BANDS, HULLS, Region, face_weight, hull_distance, keep_mask
 
 
 def draw_face(side: float, mouth_opening: float = 0.02) -> Tensor:
@@ -147,3 +147,16 @@ def test_faces_of_a_batch_are_strangers() -> None:
     for k in range(3):
         alone = keep_mask((look[k : k + 1], expression[k : k + 1]), regions, **options)
         torch.testing.assert_close(together[k : k + 1], alone, rtol=0, atol=1e-7)
+
+
+def test_face_weight_is_one_in_the_face_and_falls_to_what_is_left_around() -> None:
+    landmarks = draw_face(128)[None]
+    weight = face_weight(landmarks, resolution=128, side=64, emphasis=0.7)[0, 0]
+    points = landmarks[0, [0, 8, 16, 30, 48]] / 2
+    for x, y in (points - 0.5).round().long().clamp(0, 63).tolist():
+        assert float(weight[y, x]) > 0.95
+    forehead_x, forehead_y = 31, int(64 * 0.33)
+    assert float(weight[forehead_y, forehead_x]) == pytest.approx(1.0)
+    for corner in (weight[0, 0], weight[0, -1], weight[-1, 0], weight[-1, -1]):
+        assert float(corner) == pytest.approx(0.3, abs=1e-3)
+    assert face_weight(landmarks, resolution=128, side=8, emphasis=0.0).eq(1).all()

@@ -42,7 +42,7 @@ class Pixels(torch.nn.Module):
 
 def make_term(monkeypatch: pytest.MonkeyPatch, **keywords: Any) -> Lpips:
     monkeypatch.setattr("lmexp.losses.lpips.load_network", lambda name: Pixels())
-    return Lpips(**{"resolution": None, **keywords})
+    return Lpips(**{"resolution": None, "face_emphasis": 0.0, **keywords})
 
 
 def draw_landmarks(n: int) -> Tensor:
@@ -238,3 +238,24 @@ def test_yaml_builds_the_term_with_its_defaults(stem: str) -> None:
 def test_impossible_keywords_are_refused(keywords: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(keywords))):
         Component.model_validate({"_target_": "lmexp.losses.lpips.Lpips", **keywords})
+
+
+def test_face_emphasis_counts_the_looks_face_and_less_what_is_around(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    targets = draw_targets(expression=False)
+    landmarks = targets.look_landmarks.clone()
+    landmarks[:, :17] = torch.stack([torch.linspace(16, 48, 17), torch.full((17,), 56.0)], 1)
+    landmarks[:, 17:27] = torch.stack([torch.linspace(16, 48, 10), torch.full((10,), 16.0)], 1)
+    landmarks[:, 33] = torch.tensor([32.0, 30.0])
+    targets = Targets(look=targets.look, look_landmarks=landmarks)
+    inside, outside = targets.look.clone(), targets.look.clone()
+    inside[..., 30:34, 30:34] *= -1
+    outside[..., 0:4, 0:4] *= -1
+
+    def ratio(emphasis: float) -> float:
+        term = make_term(monkeypatch, face_emphasis=emphasis, mask=()).bind(CONTEXT, targets)
+        return float(term(candidate(outside)) / term(candidate(inside)))
+
+    assert ratio(0.6) == pytest.approx(0.4 * ratio(0.0), rel=1e-3)
+    assert ratio(1.0) == pytest.approx(0.0, abs=1e-6)

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from lmexp.errors import LmexpError
 from lmexp.landmarks.groups import GROUPS
 from lmexp.losses.lpips import shrink
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
@@ -69,6 +70,9 @@ class LandmarkHeatmaps:
         stretch_contrast: the network sees each image `stretch`ed, as the published code shows
             it (it takes the range of the whole batch, which is one image). Brightness and
             contrast then cost nothing, but one outlying pixel dims the whole face.
+        jitter: ≥ 0, how far the network's view of both images is turned, shifted and scaled at
+            random each step; 0 shows both as they are, as in the published code. See
+            `lmexp.landmarks.jitter`.
 
     Source: L. Uzolas, "Facial landmark projection without training" (2021); FAN: Bulat &
     Tzimiropoulos, arXiv 1703.07332.
@@ -83,29 +87,42 @@ class LandmarkHeatmaps:
         squared_group_weights: bool = False,
         tip_in_lower_nose: bool = False,
         stretch_contrast: bool = False,
+        jitter: Annotated[float, Field(ge=0, le=3)] = 1.0,
     ) -> None:
+        if jitter and stretch_contrast:
+            raise LmexpError(
+                "loss.landmarks: jitter and stretch_contrast exclude each other; set one to 0 "
+                "or false"
+            )
         self.weight = weight
         self.norm = norm
         self.squared_group_weights = squared_group_weights
         self.tip_in_lower_nose = tip_in_lower_nose
         self.stretch_contrast = stretch_contrast
+        self.jitter = jitter
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
         assert targets.expression is not None and targets.landmark_weights is not None
         network, expression = context.heatmap_network, targets.expression
-        with torch.no_grad():
-            target = network(stretch(expression) if self.stretch_contrast else expression)
-        weights = targets.landmark_weights.to(target.device)
+        weights = targets.landmark_weights.to(expression.device)
         if self.tip_in_lower_nose:
             weights = weights.clone()
             weights[:, _NOSE_TIP] = weights[:, GROUPS["lower_nose"][0]]
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            heatmaps = (
-                network(stretch(candidate.images)) if self.stretch_contrast else candidate.heatmaps
-            )
+        def distance(heatmaps: Tensor, target: Tensor) -> Tensor:
             return heatmap_distance(
                 heatmaps, target, weights, self.norm, self.squared_group_weights
             )
+
+        if self.jitter:
+            return lambda candidate: distance(*candidate.see(expression, self.jitter))
+
+        with torch.no_grad():
+            target = network(stretch(expression) if self.stretch_contrast else expression)
+
+        def evaluate(candidate: Candidate) -> Tensor:
+            if self.stretch_contrast:
+                return distance(network(stretch(candidate.images)), target)
+            return distance(candidate.heatmaps, target)
 
         return evaluate

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lmexp.errors import LmexpError
-from lmexp.losses.mask import Region, keep_mask
+from lmexp.losses.mask import Region, face_weight, keep_mask
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
@@ -138,6 +138,8 @@ class Lpips:
         mask_pixels: also put the look's own pixels into the regions before the network. The
             features beside a region see into it, and without this they go on asking for
             what the look has there.
+        face_emphasis: 0 lets every place count alike; at 1 only the look's face counts, and
+            hair and background are anybody's. Between, a better likeness is paid for with them.
 
     Raises:
         LmexpError: when bound, if the network's weights cannot be had or the images are
@@ -148,14 +150,15 @@ class Lpips:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 4.0,
+        weight: Annotated[float, Field(ge=0)] = 8.0,
         network: NetworkName = "stlpips_alex",
         resolution: Annotated[int, Field(ge=_LEAST_SIDE)] | None = 256,
-        mask: tuple[Region, ...] = ("mouth",),
+        mask: tuple[Region, ...] = ("mouth", "jaw"),
         mask_dilation: Annotated[float, Field(ge=0)] = 0.08,
         mask_softness: Annotated[float, Field(ge=0)] = 0.05,
         mask_strength: Annotated[float, Field(ge=0, le=1)] = 1.0,
         mask_pixels: bool = True,
+        face_emphasis: Annotated[float, Field(ge=0, le=1)] = 0.5,
     ) -> None:
         self.weight = weight
         self.network = network
@@ -165,6 +168,7 @@ class Lpips:
         self.mask_softness = mask_softness
         self.mask_strength = mask_strength
         self.mask_pixels = mask_pixels
+        self.face_emphasis = face_emphasis
         self._loaded: PerceptualNetwork | None = None
 
     @property
@@ -186,7 +190,8 @@ class Lpips:
             look = shrink(targets.look, self.resolution)
             target = [normalise(layer) for layer in network.features(look)]
             keep = self.keep(targets)
-            places = None if keep is None else spread(keep, target)
+            counts = self._emphasise(targets, keep)
+            places = None if counts is None else spread(counts, target)
             pixels = None
             if keep is not None and self.mask_pixels:
                 pixels = F.interpolate(keep, size=look.shape[-1], mode="bilinear")
@@ -214,6 +219,19 @@ class Lpips:
             softness=self.mask_softness,
             strength=self.mask_strength,
         ).to(targets.look)
+
+    def _emphasise(self, targets: Targets, keep: Tensor | None) -> Tensor | None:
+        """`keep` times the weight of the look's face."""
+        if not self.face_emphasis:
+            return keep
+        resolution = targets.look.shape[-1]
+        weight = face_weight(
+            targets.look_landmarks,
+            resolution=resolution,
+            side=min(resolution, _MASK_SIDE),
+            emphasis=self.face_emphasis,
+        ).to(targets.look)
+        return weight if keep is None else keep * weight
 
     def _load(self) -> PerceptualNetwork:
         # Not when constructed: a term of weight 0 is built too, and must not fetch weights.

@@ -30,6 +30,9 @@ BANDS: dict[Region, tuple[int, ...]] = {"jaw": tuple(range(3, 14))}
 """Regions that are what an open outline sweeps on its way from one face to the other."""
 
 
+_FOREHEAD = 0.35
+
+
 def keep_mask(
     faces: Sequence[Tensor],
     regions: Sequence[Region],
@@ -84,6 +87,35 @@ def keep_mask(
     # A feather of width 0 is a step; the floor only avoids 0 / 0 on its edge.
     cover = torch.exp(-0.5 * (excess / max(softness, 1e-9)).square())
     return (1 - strength * cover)[:, None].to(first.dtype)
+
+
+def face_weight(
+    landmarks: Tensor, *, resolution: int, side: int, emphasis: float, softness: float = 0.08
+) -> Tensor:
+    """How much each place counts: 1 in the face, 1 - `emphasis` far from it.
+
+    The face is the hull of jaw and brows, these raised by a third of their height over the
+    base of the nose, for a forehead. Its feather is as in `keep_mask`.
+
+    Args:
+        landmarks: [N, 68, 2], x then y, px of an image of side `resolution`.
+        resolution: side of that image, px.
+        side: height and width of the result.
+        emphasis: in [0, 1]; 0 gives 1 everywhere.
+        softness: of the feather, fraction of the distance between the outer eye corners.
+
+    Returns:
+        [N, 1, side, side] in [0, 1].
+    """
+    points = landmarks.double()
+    left, right = OUTER_EYE_CORNERS
+    unit = (points[:, left] - points[:, right]).norm(dim=1).clamp_min(1e-6)[:, None, None]
+    brows = points[:, [*GROUPS["left_eyebrow"], *GROUPS["right_eyebrow"]]]
+    forehead = brows + _FOREHEAD * (brows - points[:, [GROUPS["lower_nose"][2]]])
+    hull = torch.cat((points[:, list(GROUPS["jaw"])], forehead), dim=1)
+    excess = (hull_distance(hull, resolution, side) / unit).clamp_min(0)
+    cover = torch.exp(-0.5 * (excess / softness).square())
+    return (1 - emphasis + emphasis * cover)[:, None].to(landmarks.dtype)
 
 
 def hull_distance(points: Tensor, resolution: int, side: int) -> Tensor:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lmexp.generators.protocol import Generator
+from lmexp.landmarks.jitter import draw_views, look_through
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics
 
@@ -53,6 +55,7 @@ class Candidate:
             exploration noise that `images` were rendered with.
         noise_bufs: one [N, 1, h, w] per noise map of the generator.
         step: 0-based index of the optimisation step.
+        seeds: one per job; random views derive from them.
     """
 
     images: Tensor
@@ -60,11 +63,32 @@ class Candidate:
     noise_bufs: tuple[Tensor, ...]
     step: int
     heatmap_network: HeatmapNetwork = field(repr=False)
+    seeds: tuple[int, ...] = ()
+    _seen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def heatmaps(self) -> Tensor:
         """[N, 68, 64, 64], the landmark network's answer to `images`."""
         return self.heatmap_network(self.images)
+
+    def see(self, expression: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+        """Heat maps of `images` and of the expression, through the same view of each job.
+
+        Terms that ask for the same jitter share one pass of the network.
+
+        Args:
+            expression: [N, 3, R, R] in [-1, 1], the same at every call.
+            jitter: > 0, see `lmexp.landmarks.jitter`.
+
+        Returns:
+            Two [N, 68, 64, 64]; the second needs no gradient.
+        """
+        if jitter not in self._seen:
+            views = draw_views(jitter, self.seeds, self.step)
+            with torch.no_grad():
+                wanted = self.heatmap_network(look_through(expression, views))
+            self._seen[jitter] = (self.heatmap_network(look_through(self.images, views)), wanted)
+        return self._seen[jitter]
 
 
 BoundTerm = Callable[[Candidate], Tensor]

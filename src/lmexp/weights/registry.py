@@ -176,6 +176,13 @@ ENTRIES: dict[str, Entry] = {
             megabytes=2.6,
         ),
         Entry(
+            name="expression_map_mobile",
+            purpose="how that generator's latents move its landmarks (moments of samples)",
+            licence="as mobile_stylegan_ffhq, of which they are statistics",
+            source="scripts/measure_expression_map.py",
+            megabytes=0.3,
+        ),
+        Entry(
             name="fan_68_slim",
             purpose="68 landmark heat maps (one-stack FAN, 128 channels), trained by this project",
             licence="see docs/models/fan_68.md",
