@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import ErrorDetails
 
+from lmexp.content import replace_files
 from lmexp.errors import LmexpError
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -182,13 +183,20 @@ class Experiment(Schema):
         """As plain data, keys in a fixed order, ready for YAML or JSON."""
         return self.model_dump(mode="json", by_alias=True)
 
+    def by_content(self) -> dict[str, Any]:
+        """As `plain`, but a file that a component names counts by its content, not its name."""
+        plain = self.plain()
+        for key in ("generator", "landmarks", "detector", "loss"):
+            plain[key] = replace_files(plain[key])
+        return plain
+
     def identity(self, photo_digests: Mapping[str, str]) -> str:
         """The hash that names the run: what the result depends on, and nothing else.
 
-        Device, judge, scores, tracker, figures, recording and paths are left out; photos count by
-        their content.
+        Device, judge, scores, tracker, figures, recording and paths are left out; photos and
+        checkpoints count by their content.
         """
-        plain = self.plain()
+        plain = self.by_content()
         for key in ("hardware", "judge", "scores", "tracker", "figure", "recording", "output_dir"):
             del plain[key]
         plain["inputs"] |= dict(photo_digests)

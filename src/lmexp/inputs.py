@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import skimage.data
 import torch
 
+from lmexp.content import digest_file
 from lmexp.errors import LmexpError
 from lmexp.latents import draw_normal
 
@@ -56,7 +56,7 @@ def find(text: str, key: str) -> Source:
     if not path.is_file():
         raise LmexpError(f"{key}: '{path}' is not a file")
     label = re.sub(r"[^A-Za-z0-9]+", "_", path.stem).strip("_")[:40] or "photo"
-    return Source(label=label, digest=hashlib.sha256(path.read_bytes()).hexdigest(), path=path)
+    return Source(label=label, digest=digest_file(path), path=path)
 
 
 def draw_z(seed: int, z_dim: int) -> torch.Tensor:

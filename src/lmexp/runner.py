@@ -548,7 +548,7 @@ class _Session:
 
     def _inversion_key(self, job: _Job) -> str:
         """Equal for jobs whose looks are inverted in the same way: one inversion serves them."""
-        plain = job.config.plain()
+        plain = job.config.by_content()
         terms = self.bench.terms(job.config)
         used = {
             name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression

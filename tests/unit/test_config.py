@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,22 @@ def test_identity_leaves_out_what_the_result_does_not_depend_on(
 def test_identity_has_all_that_the_result_depends_on(default: Experiment, override: str) -> None:
     assert composed(override).identity(PHOTOS) != default.identity(PHOTOS)
     assert default.identity({**PHOTOS, "look": "other"}) != default.identity(PHOTOS)
+
+
+def test_a_checkpoint_counts_by_its_content(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for path in (first, second):
+        path.write_bytes(b"one")
+
+    def identity(path: Path) -> str:
+        return composed("generator=stylegan2", f"generator.checkpoint={path}").identity(PHOTOS)
+
+    before = identity(first)
+    assert identity(second) == before
+    second.write_bytes(b"another")
+    assert identity(second) != before
+    absent = identity(tmp_path / "absent.pkl")
+    assert absent not in (before, identity(tmp_path / "other.pkl"))
 
 
 def test_one_batch_holds_jobs_that_differ_in_photos_seed_and_weights(default: Experiment) -> None:
