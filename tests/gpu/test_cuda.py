@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lmexp import cli
+from lmexp.generators.stylegan2 import StyleGAN2Random
 from lmexp.recording.run_folder import RunFolder
 
 TINY = [
@@ -57,3 +58,43 @@ def test_the_packaged_networks_run_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_
     folder = RunFolder(run(monkeypatch, *words, "hardware=cuda"))
     totals = [line["loss"] for line in folder.read_metrics()]
     assert np.isfinite(totals).all() and totals[-1] < totals[0]
+
+
+def test_stylegan2_on_cuda_is_what_it_is_on_the_cpu() -> None:
+    generator = StyleGAN2Random(resolution=128, channel_base=2048, channel_max=64, conv_clamp=256.0)
+    draw = torch.Generator().manual_seed(0)
+    ws = torch.randn(2, generator.num_ws, generator.w_dim, generator=draw)
+
+    def render(
+        device: str, memory_format: torch.memory_format
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        module = generator.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        leaf = ws.to(device).requires_grad_()
+        images = module.synthesis(leaf)
+        (images * torch.linspace(-1, 1, 128, device=device)).mean().backward()
+        assert leaf.grad is not None
+        return images.detach().cpu(), leaf.grad.cpu()
+
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        images, gradient = render("cpu", torch.contiguous_format)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            there, slope = render("cuda", memory_format)
+            assert float((there - images).abs().max()) < 1e-4 * float(images.abs().max())
+            assert float((slope - gradient).norm()) < 2e-3 * float(gradient.norm())
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_of_stylegan2_on_cuda_is_close_to_float32(dtype: str) -> None:
+    options = {"resolution": 128, "channel_base": 2048, "channel_max": 64, "conv_clamp": 256.0}
+    exact = StyleGAN2Random(**options).cuda()
+    half = StyleGAN2Random(**options, half_precision=4, half_dtype=dtype).cuda()
+    ws = torch.randn(2, exact.num_ws, exact.w_dim, device="cuda")
+    with torch.no_grad():
+        wanted, got = exact.synthesis(ws), half.synthesis(ws)
+    assert got.dtype == torch.float32
+    error = float((got - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+    assert error < (0.03 if dtype == "bfloat16" else 0.005)
