@@ -73,7 +73,7 @@ def test_stylegan2_on_cuda_is_what_it_is_on_the_cpu() -> None:
         images = module.synthesis(leaf)
         (images * torch.linspace(-1, 1, 128, device=device)).mean().backward()
         assert leaf.grad is not None
-        return images.detach().cpu(), leaf.grad.cpu()
+        return [images.detach().cpu(), leaf.grad.cpu()]
 
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
