@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +29,11 @@ class Losses:
 class Objective:
     """Terms that are bound to their targets, and each job's weight of each."""
 
-    def __init__(self, terms: Mapping[str, tuple[BoundTerm, Tensor]]) -> None:
+    def __init__(
+        self, terms: Mapping[str, tuple[BoundTerm, Tensor]], of_expression: Collection[str] = ()
+    ) -> None:
         self._terms = dict(terms)
+        self._of_expression = frozenset(of_expression)
 
     @classmethod
     def bind(
@@ -55,13 +58,20 @@ class Objective:
             if not per_job.any() or (term.needs_expression and targets.expression is None):
                 continue
             bound[name] = (term.bind(context, targets), per_job)
-        return cls(bound)
+        return cls(bound, [name for name in bound if terms[name].needs_expression])
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._terms)
 
-    def __call__(self, candidate: Candidate) -> Losses:
+    def __call__(self, candidate: Candidate, expression_factor: float = 1.0) -> Losses:
+        """One step's losses.
+
+        Args:
+            expression_factor: ≥ 0, times the weights of the terms that need the expression.
+        """
         raw = {name: term(candidate) for name, (term, _) in self._terms.items()}
         weighted = {name: raw[name] * weight for name, (_, weight) in self._terms.items()}
+        if expression_factor != 1:
+            weighted |= {name: weighted[name] * expression_factor for name in self._of_expression}
         return Losses(raw=raw, weighted=weighted, total=torch.stack(list(weighted.values())).sum(0))
