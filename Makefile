@@ -24,7 +24,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	touch $@
 
 weights:
-	$(BIN)/python -m lmexp.weights fetch mobile_stylegan_ffhq stlpips_alex dlib_identity dlib_landmarks_68
+	$(BIN)/python -m lmexp.weights fetch mobile_stylegan_ffhq stlpips_alex sface dlib_identity dlib_landmarks_68
 
 lint: setup
 	$(BIN)/ruff check --fix .

