@@ -85,6 +85,19 @@ class Optimizer(Schema):
     beta2: Annotated[float, Field(ge=0, lt=1)]
 
 
+class ProjectionOptimizer(Optimizer):
+    """What the projection has beside an inversion: an early end, and two stages."""
+
+    patience: Annotated[int, Field(ge=1)] | None
+    """Steps; a job whose mean total over so many steps is not lower by the fraction `least_gain`
+    than over as many before goes on with the learning rate's ramp-down at once. None: none does."""
+    least_gain: Fraction
+    landmark_factor: NonNegative
+    """Factor of the weights of the terms that need the expression, at the first step."""
+    landmark_ramp: Fraction
+    """Fraction of the steps in which that factor goes linearly to 1; 0: it is 1 throughout."""
+
+
 class Latent(Schema):
     """Which space is searched, and from where."""
 
@@ -102,6 +115,23 @@ class Latent(Schema):
     """First and one past the last of ws that this moves, as far as there are so many."""
     head_start_samples: Annotated[int, Field(ge=16)]
     """Pictures from which a generator's statistics are measured, once."""
+    moving_ws: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None
+    """First and one past the last of ws that the projection moves, in W+; None: all. The inversion
+    moves all of them."""
+    starts: Annotated[int, Field(ge=1)]
+    """Starts of each job, projected side by side; the best result is kept. See `lmexp.starts`."""
+    starts_spread: NonNegative
+    """Standard deviation of the starts after the first around it, in units of w_std."""
+
+    @model_validator(mode="after")
+    def _is_meant(self) -> Latent:
+        if self.moving_ws is not None and self.space == "w":
+            raise ValueError("moving_ws: W has one w for all layers; choose latent=w_plus, or null")
+        if self.moving_ws is not None and self.moving_ws[0] >= self.moving_ws[1]:
+            raise ValueError("moving_ws: holds no ws; the first must be less than the second")
+        if self.starts > 1 and not self.starts_spread:
+            raise ValueError("starts_spread: 0 makes all starts the same; set it above 0")
+        return self
 
 
 class Hardware(Schema):
@@ -109,7 +139,7 @@ class Hardware(Schema):
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
     batch_size: Annotated[int, Field(ge=1)]
-    """Jobs of a sweep projected at once."""
+    """Jobs of a sweep projected at once; each of `latent.starts` counts."""
     threads: Annotated[int, Field(ge=1)] | None
     """CPU threads; None leaves the choice to torch."""
     channels_last: bool
@@ -156,7 +186,7 @@ class Experiment(Schema):
     loss: dict[str, Component]
     landmark_weights: LandmarkWeights
     latent: Latent
-    optimizer: Optimizer
+    optimizer: ProjectionOptimizer
     hardware: Hardware
     inputs: Inputs
     recording: Recording

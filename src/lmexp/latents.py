@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmexp.errors import LmexpError
 from lmexp.generators.protocol import Generator
 
 
@@ -108,3 +109,29 @@ def start_at_mean(
 def expand(ws: Tensor, num_ws: int) -> Tensor:
     """[N, 1 or num_ws, w_dim] -> [N, num_ws, w_dim]."""
     return ws.expand(-1, num_ws, -1)
+
+
+def mark_moving(moving_ws: tuple[int, int] | None, ws: Tensor) -> Tensor | None:
+    """1 for the ws that a projection moves, 0 for those that stay; None: all move.
+
+    Args:
+        moving_ws: first and one past the last of them, as far as there are so many.
+        ws: [N, L, w_dim].
+
+    Returns:
+        [L, 1], of `ws`'s dtype, where it is.
+
+    Raises:
+        LmexpError: none of the L is among them.
+    """
+    if moving_ws is None:
+        return None
+    first, end = moving_ws
+    if first >= min(end, ws.shape[1]):
+        raise LmexpError(
+            f"latent.moving_ws: [{first}, {end}] holds none of the generator's {ws.shape[1]} ws, "
+            "which count from 0; choose an earlier first one"
+        )
+    moves = ws.new_zeros(ws.shape[1], 1)
+    moves[first:end] = 1
+    return moves

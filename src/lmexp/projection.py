@@ -8,6 +8,7 @@ of L. Uzolas, "Facial landmark projection without training" (2021).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,19 +31,21 @@ class Step:
 
     Attributes:
         step: 0-based index of the step that was just taken.
-        learning_rate: the one it was taken with.
+        learning_rates: per job, the one it was taken with.
         losses: of the images before the step was taken.
         candidate: those images and latents, detached from nothing: do not keep it.
         alive: per job, False once its losses or gradients have stopped being finite. A
             dead job stays at its last good latents and takes no further step.
+        finished: per job, True if it had taken its last step before this one, after a plateau.
         states: gives job k's `State` after the step, on demand, as copies.
     """
 
     step: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]
     losses: Losses
     candidate: Candidate
     alive: tuple[bool, ...]
+    finished: tuple[bool, ...]
     states: Callable[[int], State]
 
 
@@ -53,6 +56,7 @@ def project(
     schedule: Schedule,
     *,
     seeds: Sequence[int],
+    moves: Tensor | None = None,
     first_step: int = 0,
     resume: Sequence[State] | None = None,
     callback: Callable[[Step], None] | None = None,
@@ -62,13 +66,18 @@ def project(
     Args:
         start: where row k starts; ws [N, 1, w_dim] searches W, [N, num_ws, w_dim] W+.
         seeds: one per job; step t's exploration noise derives from (seed, t) alone.
-        first_step: the step to go on from, with `resume` holding each job's state.
+        moves: [L, 1], 0 for each of ws that stays as it started, 1 for each that is optimised;
+            None: all are.
+        first_step: the step to go on from, with `resume` holding each job's state. One that
+            has `dead` in it takes no further step.
         callback: called after every step; an exception it raises ends the projection.
 
     Returns:
         The latents after the last step, [N, ...] as `start`.
     """
-    jobs = [_Job(start, k, schedule, resume[k] if resume else None) for k in range(len(seeds))]
+    jobs = [
+        _Job(start, k, schedule, moves, resume[k] if resume else None) for k in range(len(seeds))
+    ]
     optimizer = torch.optim.Adam(
         [{"params": job.parameters} for job in jobs],
         lr=schedule.learning_rate,
@@ -77,12 +86,15 @@ def project(
     )
     for job in jobs:
         job.restore_moments(optimizer)
-    alive = [True] * len(jobs)
+    alive = [not (resume and "dead" in resume[k]) for k in range(len(jobs))]
 
     for step in range(first_step, schedule.steps):
-        learning_rate = schedule.learning_rate_at(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        finished = [job.position(step) >= schedule.steps for job in jobs]
+        if all(done or not lives for done, lives in zip(finished, alive, strict=True)):
+            break
+        rates = [schedule.learning_rate_at(job.position(step)) for job in jobs]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
         latents = _stack(jobs)
         noise = torch.stack(
@@ -91,7 +103,14 @@ def project(
                 for job, seed in zip(jobs, seeds, strict=True)
             ]
         )
-        scale = schedule.noise_at(step) * context.latent_statistics.w_std
+        scale = latents.ws.new_tensor(
+            [
+                [[schedule.noise_at(job.position(step)) * context.latent_statistics.w_std]]
+                for job in jobs
+            ]
+        )
+        if moves is not None:
+            scale = scale * moves
         ws = expand(latents.ws + scale * noise.to(latents.ws), context.generator.num_ws)
         candidate = Candidate(
             images=context.generator.synthesis(ws, latents.noise_bufs),
@@ -101,7 +120,8 @@ def project(
             heatmap_network=context.heatmap_network,
             seeds=tuple(seeds),
         )
-        losses = objective(candidate)
+        # A job's jump to the ramp-down comes after this ramp, so the factor is that of all.
+        losses = objective(candidate, schedule.landmark_factor_at(step))
         if not losses.total.requires_grad:
             raise LmexpError(
                 f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised"
@@ -109,47 +129,60 @@ def project(
         optimizer.zero_grad(set_to_none=True)
         losses.total.sum().backward()  # type: ignore[no-untyped-call]
 
-        finite = _finite(losses.total, jobs)
+        totals, finite = _read(losses.total, jobs)
         for k, job in enumerate(jobs):
-            if alive[k] and not finite[k]:
+            if alive[k] and not finished[k] and not finite[k]:
                 alive[k] = False
                 job.return_to_last_good()
-            if alive[k]:
+            if alive[k] and not finished[k]:
                 job.remember()
             else:
                 job.forget_gradients()  # Adam passes over parameters without a gradient
         optimizer.step()
         for k, job in enumerate(jobs):
-            if alive[k]:
+            if alive[k] and not finished[k]:
                 job.normalise_noise()
+                job.watch_for_plateau(step, totals[k])
         if callback is not None:
             callback(
                 Step(
                     step,
-                    learning_rate,
+                    tuple(rates),
                     losses,
                     candidate,
                     tuple(alive),
+                    tuple(finished),
                     lambda k: jobs[k].state(optimizer),
                 )
             )
-        if not any(alive):
-            break
 
     with torch.no_grad():
         return _stack(jobs)
 
 
 class _Job:
-    """One job's own parameters: its latents and its noise maps."""
+    """One job's own: its latents, its noise maps, its place in the schedule."""
 
-    def __init__(self, start: Latents, k: int, schedule: Schedule, resume: State | None) -> None:
+    def __init__(
+        self,
+        start: Latents,
+        k: int,
+        schedule: Schedule,
+        moves: Tensor | None,
+        resume: State | None,
+    ) -> None:
         values = [start.ws[k], *(noise[k] for noise in start.noise_bufs)]
         if resume is not None:
             values = [resume[f"parameter_{i}"].to(value) for i, value in enumerate(values)]
         self.parameters = [value.detach().clone().requires_grad_() for value in values]
         self._resume = resume
         self._last_good = [parameter.detach().clone() for parameter in self.parameters]
+        if moves is not None:  # Adam leaves in place whatever has never had a gradient but 0
+            self.ws.register_hook(lambda gradient: gradient * moves)  # type: ignore[no-untyped-call]
+        self._schedule = schedule
+        watched = resume if schedule.patience is not None else None
+        self._totals: list[float] = watched["totals"].tolist() if watched else []
+        self._skipped = int(watched["skipped"]) if watched else 0
 
     @property
     def ws(self) -> Tensor:
@@ -158,6 +191,19 @@ class _Job:
     @property
     def noise_maps(self) -> list[Tensor]:
         return self.parameters[1:]
+
+    def position(self, step: int) -> int:
+        """Where in the schedule the job takes `step`: a plateau lets it skip some."""
+        return step + self._skipped
+
+    def watch_for_plateau(self, step: int, total: float) -> None:
+        """After a step: on a plateau, what is left is the ramp-down."""
+        schedule, coming = self._schedule, step + 1
+        if schedule.patience is None or self._skipped or step < schedule.settled_at:
+            return
+        self._totals = [*self._totals, total][-2 * schedule.patience :]
+        if coming < schedule.rampdown_at and schedule.is_plateau(self._totals):
+            self._skipped = schedule.rampdown_at - coming
 
     def restore_moments(self, optimizer: torch.optim.Adam) -> None:
         if self._resume is None:
@@ -179,6 +225,9 @@ class _Job:
             state[f"parameter_{i}"] = parameter.detach().cpu().clone()
             for name, value in optimizer.state[parameter].items():
                 state[f"{name}_{i}"] = value.detach().cpu().clone()
+        if self._schedule.patience is not None:
+            state["totals"] = torch.tensor(self._totals, dtype=torch.float64)
+            state["skipped"] = torch.tensor(self._skipped)
         return state
 
     def remember(self) -> None:
@@ -210,13 +259,14 @@ def _stack(jobs: Sequence[_Job]) -> Latents:
     return Latents(ws=ws, noise_bufs=tuple(noise_bufs))
 
 
-def _finite(total: Tensor, jobs: Sequence[_Job]) -> list[bool]:
-    """Per job: are its loss and all its gradients finite? One transfer from the device."""
+def _read(total: Tensor, jobs: Sequence[_Job]) -> tuple[list[float], list[bool]]:
+    """Per job: its loss, and whether that and all gradients are finite; one transfer."""
     gradients = torch.stack(
         [
             torch.stack([p.grad.sum() for p in job.parameters if p.grad is not None]).sum()
             for job in jobs
         ]
     )
-    answer: list[bool] = (torch.isfinite(total) & torch.isfinite(gradients)).tolist()
-    return answer
+    totals, sums = torch.stack([total.detach().to(gradients), gradients]).tolist()
+    finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(totals, sums, strict=True)]
+    return totals, finite

@@ -29,7 +29,7 @@ from lmexp.inversion import InversionStore, invert
 from lmexp.landmarks import groups
 from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.protocol import HeatmapNetwork
-from lmexp.latents import Latents, expand, start_at_mean
+from lmexp.latents import Latents, expand, mark_moving, start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets
 from lmexp.metrics.nme import nme
@@ -45,6 +45,7 @@ from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Job as TrackedJob
 from lmexp.recording.tracker import Tracker
 from lmexp.schedule import Schedule
+from lmexp.starts import Starts
 from lmexp.stopping import Interrupted, StopRequest, listen
 from lmexp.workbench import Workbench
 
@@ -160,7 +161,8 @@ class _Session:
                 continue
             batches[f"{job.config.batch_key()}@{job.first_step}"].append((index, job))
         for members in batches.values():
-            size = members[0][1].config.hardware.batch_size
+            config = members[0][1].config
+            size = max(1, config.hardware.batch_size // config.latent.starts)
             for start in range(0, len(members), size):
                 self._run_batch(members[start : start + size])
         for index, request in enumerate(requests):
@@ -339,22 +341,32 @@ class _Session:
                 )
         if inverted is not None:
             start = self._head_start(jobs, context, targets, start)
-        objective = self._objective(jobs, context, targets)
-        states = [job.state for job in jobs]
-        resume = None if None in states else [state for state in states if state is not None]
+        starts = Starts(config.latent.starts, config.latent.starts_spread)
+        objective = self._objective(starts.repeat(jobs), context, starts.repeat_targets(targets))
+        moves = mark_moving(config.latent.moving_ws, start.ws)
+        seeds = [job.config.seed for job in jobs]
+        states = [state for job in jobs if job.state for state in starts.split(job.state)]
         title = job_title(self.done + 1, len(jobs), self.total)
         with ProgressBar(config.optimizer.steps, first_step=jobs[0].first_step, title=title) as bar:
             final = project(
                 context,
                 objective,
-                start,
+                starts.scatter(start, seeds, context.latent_statistics.w_std, moves),
                 _schedule(config.optimizer),
-                seeds=[job.config.seed for job in jobs],
+                seeds=starts.repeat(seeds),
+                moves=moves,
                 first_step=jobs[0].first_step,
-                resume=resume,
-                callback=_Follower(members, self, bar),
+                resume=states if len(states) == len(jobs) * starts.count else None,
+                callback=starts.follow(_Follower(members, self, bar)),
             )
-        self._finish(members, context, targets, final, inverted, began)
+        final, chosen = starts.choose(
+            objective,
+            context,
+            final,
+            seeds=starts.repeat(seeds),
+            first_view=config.optimizer.steps,
+        )
+        self._finish(members, context, targets, final, chosen, inverted, began)
 
     def _finish(
         self,
@@ -362,10 +374,16 @@ class _Session:
         context: Context,
         targets: Targets,
         final: Latents,
+        chosen: Sequence[dict[str, Any] | None],
         inverted: tuple[Tensor, Tensor] | None,
         began: float,
     ) -> None:
-        """Write every job's result; `inverted`: the inversions' ws and images, batched."""
+        """Write every job's result.
+
+        Args:
+            chosen: what `Starts.choose` says of each.
+            inverted: the inversions' ws and images, batched.
+        """
         generator = context.generator
         judge: HeatmapNetwork = self.bench.module(members[0][1].config.judge)
         for k, (index, job) in enumerate(members):
@@ -402,7 +420,8 @@ class _Session:
                 "config_hash": job.run_id,
                 "steps": job.config.optimizer.steps,
                 "seed": job.config.seed,
-                "losses": _last_losses(job.recorder.folder),
+                **_last_step(job.recorder.folder),
+                "starts": chosen[k],
                 "nme": {group: float(value) for group, value in errors.items()},
                 "nme_judge_sha256": judge.weights_sha256,
                 "nme_judge_independent": judge.weights_sha256
@@ -553,7 +572,11 @@ class _Session:
         used = {
             name: plain["loss"][name] for name, term in terms.items() if not term.needs_expression
         }
-        latent = {k: v for k, v in plain["latent"].items() if not k.startswith("head_start")}
+        latent = {
+            key: value
+            for key, value in plain["latent"].items()
+            if not key.startswith(("head_start", "moving_ws", "starts"))
+        }
         parts = [plain["generator"], latent, used, job.config.seed, job.look.digest]
         return digest(
             [*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")]
@@ -574,7 +597,7 @@ class _Follower:
     def __call__(self, step: Step) -> None:
         numbers = _read_losses(step)
         for k, (index, job) in enumerate(self._members):
-            if index in self._session.outcomes:
+            if index in self._session.outcomes or step.finished[k]:
                 continue
             raw, weighted, total = numbers[k]
             if not step.alive[k]:
@@ -604,7 +627,7 @@ class _Follower:
                 landmarks = decode(heatmaps, image.shape[-1])[0]
         job.recorder.record_step(
             step.step,
-            lr=step.learning_rate,
+            lr=step.learning_rates[k],
             loss=total,
             raw=raw,
             weighted=weighted,
@@ -659,10 +682,14 @@ def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], f
     ]
 
 
-def _last_losses(folder: RunFolder) -> dict[str, Any]:
-    """The last step's terms, from the record: a resumed run may have had no step left to take."""
+def _last_step(folder: RunFolder) -> dict[str, Any]:
+    """Steps taken, and the last one's terms; from the record: a resumed run may have had none left.
+
+    A plateau can make the steps fewer than `optimizer.steps`.
+    """
     last = folder.read_metrics()[-1]
-    return {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
+    losses = {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
+    return {"steps_taken": last["step"] + 1, "losses": losses}
 
 
 def _schedule(optimizer: Optimizer) -> Schedule:

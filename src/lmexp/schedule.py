@@ -7,6 +7,7 @@ The shapes and default lengths are those of the projector published with StyleGA
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -22,6 +23,12 @@ class Schedule:
         noise_factor: exploration noise at the first step, in units of w_std.
         noise_ramp: fraction after which the exploration noise is 0.
         beta1, beta2: Adam's decay rates of the gradient's first and second moment.
+        patience: steps over which the total has to fall; None takes all steps. A job on a
+            plateau (`is_plateau`) goes on with the learning rate's ramp-down at once, rather
+            than stop where a high learning rate has shaken it to.
+        least_gain: fraction by which it has to.
+        landmark_factor: factor of the expression terms' weights at the first step.
+        landmark_ramp: fraction of the steps in which it goes linearly to 1.
     """
 
     steps: int
@@ -32,6 +39,10 @@ class Schedule:
     noise_ramp: float = 0.75
     beta1: float = 0.9
     beta2: float = 0.999
+    patience: int | None = None
+    least_gain: float = 0.01
+    landmark_factor: float = 1.0
+    landmark_ramp: float = 0.0
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of `step` in [0, steps)."""
@@ -45,3 +56,34 @@ class Schedule:
         t = step / self.steps
         ramp = max(0.0, 1.0 - t / self.noise_ramp) if self.noise_ramp > 0 else 0.0
         return self.noise_factor * ramp * ramp
+
+    def landmark_factor_at(self, step: int) -> float:
+        """Factor of the weights of the terms that need the expression, at `step`."""
+        t = step / self.steps
+        return self.landmark_factor + (1 - self.landmark_factor) * (
+            min(1.0, t / self.landmark_ramp) if self.landmark_ramp > 0 else 1.0
+        )
+
+    @property
+    def settled_at(self) -> int:
+        """First step whose total can be compared with later ones: nothing rises any more."""
+        return math.ceil(max(self.rampup, self.landmark_ramp) * self.steps)
+
+    @property
+    def rampdown_at(self) -> int:
+        """First step of the learning rate's ramp-down; `steps` if there is none."""
+        return math.ceil((1 - self.rampdown) * self.steps)
+
+    def is_plateau(self, totals: Sequence[float]) -> bool:
+        """Whether a job has stopped gaining: its mean total over the last `patience` steps is not
+        lower, by the fraction `least_gain`, than over the `patience` steps before them.
+
+        Means, because random views and exploration noise shake every single total.
+
+        Args:
+            totals: of the steps from `settled_at` on, the latest last.
+        """
+        if self.patience is None or len(totals) < 2 * self.patience:
+            return False
+        before = sum(totals[-2 * self.patience : -self.patience])
+        return before - sum(totals[-self.patience :]) < self.least_gain * abs(before)
