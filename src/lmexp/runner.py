@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Job as TrackedJob
-from lmexp.recording.tracker import Tracker
+from lmexp.recording.tracker import NoTracker, Tracker
 from lmexp.schedule import Schedule
 from lmexp.starts import Starts
 from lmexp.stopping import Interrupted, StopRequest, listen
@@ -79,6 +80,27 @@ class Outcome:
     summary: dict[str, Any] | None = None
 
 
+Settle = Callable[[int, Outcome], None]
+"""Told what became of a request, by its place among the requests, as soon as it is known."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is left to do of some requests, and what is done together.
+
+    Attributes:
+        settled: what needs no work: finished by an earlier run, or impossible; by place.
+        batches: places of the requests that are projected together.
+        twins: place of a request -> place of the earlier request that is the same job.
+        folders: where each request's results are or will be, by place.
+    """
+
+    settled: dict[int, Outcome]
+    batches: list[tuple[int, ...]]
+    twins: dict[int, int]
+    folders: dict[int, Path]
+
+
 @dataclass
 class _Job:
     """A job on its way: what it was asked for, its folder, its aligned faces."""
@@ -101,27 +123,160 @@ class _Job:
     def label(self) -> str:
         return f"{self.look.label}+{self.expression.label}"
 
+    def read_state(self) -> None:
+        """Find where an earlier, unfinished run was; the first step if it left nothing of use."""
+        self.first_step, self.state = 0, None
+        try:
+            saved = self.recorder.load_state()
+        except LmexpError as error:
+            log.warning("%s; the job starts again from its first step", error)
+            return
+        if saved is not None:
+            self.first_step, state = saved
+            self.state = {k: value for k, value in state.items() if isinstance(value, Tensor)}
 
-def run(requests: Sequence[Request], root: Path, sweep: str | None = None) -> list[Outcome]:
+
+def run(
+    requests: Sequence[Request],
+    root: Path,
+    sweep: str | None = None,
+    *,
+    bench: Workbench | None = None,
+    stop: StopRequest | None = None,
+    settle: Settle | None = None,
+    take_over: bool = False,
+    done: int = 0,
+    total: int | None = None,
+) -> list[Outcome]:
     """Run jobs to their end.
 
     Args:
         requests: any mixture; hardware and tracker are the first one's.
         root: where the run folders are made.
         sweep: name that groups the jobs in the tracker; None for a single run.
+        bench: what earlier calls have built; None builds anew.
+        stop: asked between steps; None listens to Ctrl-C and SIGTERM.
+        settle: told each outcome as soon as it is known.
+        take_over: go on with jobs whose status says that another process is at work on them;
+            for who knows that it is dead.
+        done: jobs of the same sweep that were done before, and `total` all that it has, for the
+            words of the progress bar.
 
     Returns:
         One outcome per request, in their order.
 
     Raises:
         LmexpError: the hardware or a component that all jobs need cannot be had.
+        DiskFullError: there is no room for results; what `settle` was not told is not done.
     """
     first = requests[0].config
     tracker: Tracker = first.tracker.build()
-    session = _Session(Workbench(first.hardware), tracker, root, sweep, len(requests))
+    session = _Session(
+        bench or Workbench(first.hardware), tracker, root, sweep, total or len(requests)
+    )
+    session.done = done
+    session.tell = settle
+    if stop is not None:
+        session.stop = stop
+        return session.run(requests, take_over)
     with listen() as stop:
         session.stop = stop
-        return session.run(requests)
+        return session.run(requests, take_over)
+
+
+def plan(
+    requests: Sequence[Request], root: Path, *, workers: int = 1, take_over: bool = False
+) -> Plan:
+    """What `run` would do, without doing it; nothing is written.
+
+    Args:
+        workers: how many batches can run at a time; jobs are shared out among them.
+    """
+    return _plan(requests, root, None, NoTracker(), workers, take_over)[0]
+
+
+def _plan(
+    requests: Sequence[Request],
+    root: Path,
+    sweep: str | None,
+    tracker: Tracker,
+    workers: int,
+    take_over: bool,
+) -> tuple[Plan, dict[int, _Job]]:
+    made = Plan({}, [], {}, {})
+    jobs: dict[int, _Job] = {}
+    groups: dict[str, list[int]] = defaultdict(list)
+    seen: dict[str, int] = {}
+    for index, request in enumerate(requests):
+        try:
+            job = _open(request, root, sweep, tracker)
+        except LmexpError as error:
+            made.settled[index] = Outcome(request, "failed", reason=str(error))
+            continue
+        made.folders[index] = job.folder
+        if job.run_id in seen:
+            made.twins[index] = seen[job.run_id]
+            continue
+        seen[job.run_id] = index
+        if outcome := _known(job, take_over):
+            made.settled[index] = outcome
+            continue
+        jobs[index] = job
+        groups[f"{job.config.batch_key()}@{job.first_step}"].append(index)
+    for members in groups.values():
+        # No worker is idle while another has two jobs of a kind.
+        share = -(-len(members) // workers)
+        config = jobs[members[0]].config
+        size = max(1, min(config.hardware.batch_size // config.latent.starts, share))
+        made.batches.extend(
+            tuple(members[start : start + size]) for start in range(0, len(members), size)
+        )
+    return made, jobs
+
+
+def _open(request: Request, root: Path, sweep: str | None, tracker: Tracker) -> _Job:
+    """Name a job and find what is left of an earlier run."""
+    config = request.config
+    look = inputs.find(config.inputs.look, "inputs.look")
+    expression = inputs.find(config.inputs.expression, "inputs.expression")
+    run_id = config.identity({"look": look.digest, "expression": expression.digest})
+    folder = root / f"{look.label}+{expression.label}-{run_id}"
+    recorder = Recorder(
+        TrackedJob(
+            folder=folder,
+            run_id=run_id,
+            # In a sweep, what tells this job from the others; it names the tracked run.
+            label=" ".join((f"{look.label}+{expression.label}", *request.overrides)),
+            group=sweep,
+            config=config.plain(),
+        ),
+        tracker,
+        steps=config.optimizer.steps,
+        image_every=config.recording.image_every,
+        video_frames=config.recording.video_frames,
+    )
+    job = _Job(request, look, expression, run_id, folder, recorder)
+    job.read_state()
+    return job
+
+
+def _known(job: _Job, take_over: bool) -> Outcome | None:
+    """What became of the job in an earlier run, or in another process; None: to be run."""
+    folder = job.recorder.folder
+    try:
+        status = folder.read_status()
+        if status is not None and status.state == "finished":
+            summary = folder.read_summary()
+            reason = "an earlier run finished it"
+            return Outcome(job.request, "skipped", job.folder, reason, summary)
+    except LmexpError as error:
+        return Outcome(job.request, "failed", job.folder, str(error))
+    if status is None or take_over:
+        return None
+    if status.alive and status.pid != os.getpid():
+        reason = f"process {status.pid} on {status.host} is at work on it; wait for it to end"
+        return Outcome(job.request, "failed", job.folder, reason)
+    return None
 
 
 class _Session:
@@ -140,94 +295,35 @@ class _Session:
         self.git = provenance.describe_git()
         self.outcomes: dict[int, Outcome] = {}
         self.done = 0
+        self.tell: Settle | None = None
 
-    def run(self, requests: Sequence[Request]) -> list[Outcome]:
-        batches: dict[str, list[tuple[int, _Job]]] = defaultdict(list)
-        seen: dict[str, int] = {}
-        for index, request in enumerate(requests):
-            try:
-                job = self._open(request)
-            except LmexpError as error:
-                self.outcomes[index] = Outcome(request, "failed", reason=str(error))
-                continue
-            if job.run_id in seen:
-                seen_at = seen[job.run_id]
-                log.info("job %d is the same as job %d; it runs once", index + 1, seen_at + 1)
-                continue
-            seen[job.run_id] = index
-            if outcome := self._known(job):
-                self.outcomes[index] = outcome
-                self.done += 1
-                continue
-            batches[f"{job.config.batch_key()}@{job.first_step}"].append((index, job))
-        for members in batches.values():
-            config = members[0][1].config
-            size = max(1, config.hardware.batch_size // config.latent.starts)
-            for start in range(0, len(members), size):
-                self._run_batch(members[start : start + size])
-        for index, request in enumerate(requests):
-            if index not in self.outcomes:
-                twin = self.outcomes[seen[self._open(request).run_id]]
-                self.outcomes[index] = replace(twin, request=request)
+    def run(self, requests: Sequence[Request], take_over: bool) -> list[Outcome]:
+        made, jobs = _plan(requests, self.root, self.sweep, self.tracker, 1, take_over)
+        for index, twin in made.twins.items():
+            log.info("job %d is the same as job %d; it runs once", index + 1, twin + 1)
+        for index, outcome in made.settled.items():
+            self.settle(index, outcome)
+            self.done += outcome.state == "skipped"
+        for batch in made.batches:
+            self._run_batch([(index, jobs[index]) for index in batch])
+        for index, twin in made.twins.items():
+            self.settle(index, replace(self.outcomes[twin], request=requests[index]))
         return [self.outcomes[index] for index in range(len(requests))]
 
-    # -- one job --------------------------------------------------------------------------
-
-    def _open(self, request: Request) -> _Job:
-        config = request.config
-        look = inputs.find(config.inputs.look, "inputs.look")
-        expression = inputs.find(config.inputs.expression, "inputs.expression")
-        run_id = config.identity({"look": look.digest, "expression": expression.digest})
-        folder = self.root / f"{look.label}+{expression.label}-{run_id}"
-        recorder = Recorder(
-            TrackedJob(
-                folder=folder,
-                run_id=run_id,
-                # In a sweep, what tells this job from the others; it names the tracked run.
-                label=" ".join((f"{look.label}+{expression.label}", *request.overrides)),
-                group=self.sweep,
-                config=config.plain(),
-            ),
-            self.tracker,
-            steps=config.optimizer.steps,
-            image_every=config.recording.image_every,
-            video_frames=config.recording.video_frames,
-        )
-        job = _Job(request, look, expression, run_id, folder, recorder)
-        try:
-            saved = recorder.load_state()
-        except LmexpError as error:
-            log.warning("%s; the job starts again from its first step", error)
-            saved = None
-        if saved is not None:
-            job.first_step, state = saved
-            job.state = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        return job
-
-    def _known(self, job: _Job) -> Outcome | None:
-        """What became of the job in an earlier run, or in another process; None: to be run."""
-        folder = job.recorder.folder
-        try:
-            status = folder.read_status()
-            if status is not None and status.state == "finished":
-                summary = folder.read_summary()
-                return Outcome(job.request, "skipped", job.folder, summary=summary)
-        except LmexpError as error:
-            return Outcome(job.request, "failed", job.folder, str(error))
-        if status is not None and status.alive and status.pid != os.getpid():
-            reason = f"process {status.pid} on {status.host} is at work on it; wait for it to end"
-            return Outcome(job.request, "failed", job.folder, reason)
-        return None
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """What became of request `index`."""
+        self.outcomes[index] = outcome
+        if self.tell is not None:
+            self.tell(index, outcome)
 
     # -- one batch ------------------------------------------------------------------------
 
     def _run_batch(self, members: Sequence[tuple[int, _Job]]) -> None:
-        """Project jobs together; on lack of memory, in two halves."""
+        """Project jobs together; if that fails, in two halves, so the fault stays with its job."""
         if self.stop.requested:
             for index, job in members:
-                self.outcomes[index] = Outcome(
-                    job.request, "interrupted", job.folder, "not started: stopped before its turn"
-                )
+                reason = "not started: stopped before its turn"
+                self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
             return
         try:
             context = self.bench.context(members[0][1].config)
@@ -235,35 +331,51 @@ class _Session:
             if ready:
                 self._project(ready, context)
         except Interrupted:
-            for index, job in members:
-                if index not in self.outcomes:
-                    self.outcomes[index] = Outcome(
-                        job.request,
-                        "interrupted",
-                        job.folder,
-                        "stopped while its look was inverted",
-                    )
+            for index, job in self._left(members):
+                reason = "stopped while its look was inverted"
+                self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
         except DiskFullError:
             raise
-        except LmexpError as error:
-            for index, job in members:
-                if index not in self.outcomes:
-                    self._fail(index, job, str(error))
         except torch.cuda.OutOfMemoryError:
-            left = [(index, job) for index, job in members if index not in self.outcomes]
-            if len(left) == 1:
-                index, job = left[0]
-                self._fail(index, job, "the GPU has too little memory for a single job")
-                return
-            torch.cuda.empty_cache()
-            half = (len(left) + 1) // 2
-            log.warning("the GPU's memory does not hold %d jobs; going on with %d", len(left), half)
-            self._run_batch(left[:half])
-            self._run_batch(left[half:])
+            self._halve(self._left(members), "the GPU has too little memory for a single job")
+        except Exception as error:
+            self._halve(self._left(members), error)
 
-    def _fail(self, index: int, job: _Job, reason: str, step: int = 0) -> None:
-        job.recorder.fail(reason, step=step)
-        self.outcomes[index] = Outcome(job.request, "failed", job.folder, reason)
+    def _left(self, members: Sequence[tuple[int, _Job]]) -> list[tuple[int, _Job]]:
+        return [(index, job) for index, job in members if index not in self.outcomes]
+
+    def _halve(self, left: Sequence[tuple[int, _Job]], fault: Exception | str) -> None:
+        """Go on with fewer jobs at a time, from what they have saved; a lone job has failed."""
+        if len(left) == 1:
+            index, job = left[0]
+            self._fail(index, job, fault)
+            return
+        half = (len(left) + 1) // 2
+        if isinstance(fault, str):
+            torch.cuda.empty_cache()
+            log.warning("the GPU's memory does not hold %d jobs; going on with %d", len(left), half)
+        else:
+            said = _one_line(fault)
+            log.info("%d jobs failed together (%s); going on with %d", len(left), said, half)
+        for part in (left[:half], left[half:]):
+            steps: dict[int, list[tuple[int, _Job]]] = defaultdict(list)
+            for index, job in part:
+                job.read_state()
+                steps[job.first_step].append((index, job))
+            for members in steps.values():
+                self._run_batch(members)
+
+    def _fail(self, index: int, job: _Job, fault: Exception | str, step: int = 0) -> None:
+        """Settle a job as failed; an exception that nobody foresaw leaves its traceback too."""
+        reason = str(fault)
+        try:
+            if isinstance(fault, Exception) and not isinstance(fault, LmexpError):
+                job.recorder.folder.create().write_fault("".join(traceback.format_exception(fault)))
+                reason = f"{_one_line(fault)}; an error of lmexp's own, see fault.txt in its folder"
+            job.recorder.fail(reason, step=step or job.first_step)
+        except LmexpError as error:  # the reason is still told, though not in the folder
+            log.warning("%s", error)
+        self.settle(index, Outcome(job.request, "failed", job.folder, reason))
 
     def _align(
         self, members: Sequence[tuple[int, _Job]], context: Context
@@ -272,8 +384,10 @@ class _Session:
             try:
                 look = self._face(job.config, job.look, "look", context)
                 expression = self._face(job.config, job.expression, "expression", context)
-            except LmexpError as error:
-                self._fail(index, job, str(error))
+            except DiskFullError:
+                raise
+            except Exception as error:
+                self._fail(index, job, error)
                 continue
             if job.config.inputs.lay_over:
                 expression = lay_over(expression, look)
@@ -447,7 +561,7 @@ class _Session:
                 noise_bufs=[noise[0] for noise in noise_bufs],
                 summary=summary,
             )
-            self.outcomes[index] = Outcome(job.request, "finished", job.folder, summary=summary)
+            self.settle(index, Outcome(job.request, "finished", job.folder, summary=summary))
 
     def _term_weights(self, config: Experiment) -> dict[str, str]:
         """Digests of the networks that loss terms in use have loaded."""
@@ -643,7 +757,7 @@ class _Follower:
             "try a smaller optimizer.learning_rate or weight"
         )
         job.recorder.fail(reason, step=step.step, state=step.states(k))
-        self._session.outcomes[index] = Outcome(job.request, "failed", job.folder, reason)
+        self._session.settle(index, Outcome(job.request, "failed", job.folder, reason))
 
     def _save_or_stop(self, step: Step) -> None:
         stop = self._session.stop.requested
@@ -656,9 +770,7 @@ class _Follower:
             if stop:
                 job.recorder.interrupt(step=step.step + 1, state=step.states(k))
                 reason = f"stopped after step {step.step + 1}; its state is saved"
-                self._session.outcomes[index] = Outcome(
-                    job.request, "interrupted", job.folder, reason
-                )
+                self._session.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
             else:
                 job.recorder.save_state(step.step + 1, step.states(k))
         self._saved_at = time.monotonic()
@@ -690,6 +802,11 @@ def _last_step(folder: RunFolder) -> dict[str, Any]:
     last = folder.read_metrics()[-1]
     losses = {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
     return {"steps_taken": last["step"] + 1, "losses": losses}
+
+
+def _one_line(fault: Exception) -> str:
+    said = " ".join(str(fault).split())
+    return said if isinstance(fault, LmexpError) else f"{type(fault).__name__}: {said}"
 
 
 def _schedule(optimizer: Optimizer) -> Schedule:

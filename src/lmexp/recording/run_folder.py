@@ -151,6 +151,10 @@ class RunFolder:
         """Write code.diff, what the code differed in from its git revision."""
         write_atomically(self.path / "code.diff", diff.encode())
 
+    def write_fault(self, trace: str) -> None:
+        """Write fault.txt, the traceback of an exception that nobody foresaw."""
+        write_atomically(self.path / "fault.txt", trace.encode())
+
     def write_status(self, state: RunState, *, step: int, steps: int, reason: str = "") -> None:
         """Write status.json in this process's name; the first start time is kept.
 
