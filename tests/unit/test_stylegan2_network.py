@@ -249,6 +249,9 @@ def test_configs_survive_json(config: Any) -> None:
         ('{"resolution": 8}', "channels missing"),
         ('{"resolution": 8, "channels": [8, 8]}', "channels: "),
         ('{"resolution": 8, "channels": {"x": 8}}', "given for the sides"),
+        ('{"resolution": 8, "channels": {"4": 8, "8>": 8}}', "given for the sides"),
+        ('{"resolution": 8, "channels": {"4": 8, "\u00b2": 8}}', "given for the sides"),
+        ("[" * 100_000, "no JSON"),
     ],
 )
 def test_broken_json_is_one_line(text: str, reason: str) -> None:

@@ -359,7 +359,8 @@ def _require_image(resolution: int, channels: object, img_channels: object) -> N
         f"a power of two from 4 to {MAX_RESOLUTION}",
     )
     wanted = [side for side in sides if side <= resolution]
-    fits = isinstance(channels, dict) and sorted(channels) == wanted
+    # As sets: keys of a hostile header need not be of one kind, so they cannot be sorted.
+    fits = isinstance(channels, dict) and set(channels) == set(wanted)
     _require(fits, "channels", channels, f"given for the sides {wanted}")
     if isinstance(channels, dict):
         for side, count in channels.items():
@@ -393,7 +394,7 @@ def _to_json(config: StyleGAN2Config | StyleGAN2DiscriminatorConfig) -> str:
 def _read_json(cls: type[Any], text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise LmexpError(
             f"{cls.__name__}: it is no JSON ({fault}); convert the checkpoint again"
         ) from fault
@@ -407,7 +408,7 @@ def _read_json(cls: type[Any], text: str) -> dict[str, Any]:
             f"{cls.__name__}: {', '.join(missing)} missing; convert the checkpoint again"
         )
     if isinstance(values["channels"], dict):
-        digits = {key: key.isdecimal() for key in values["channels"]}
+        digits = {key: key.isascii() and key.isdecimal() and len(key) < 9 for key in values["channels"]}
         values["channels"] = {
             int(key) if digits[key] else key: count for key, count in values["channels"].items()
         }
