@@ -408,9 +408,9 @@ def _read_json(cls: type[Any], text: str) -> dict[str, Any]:
             f"{cls.__name__}: {', '.join(missing)} missing; convert the checkpoint again"
         )
     if isinstance(values["channels"], dict):
-        digits = {key: key.isascii() and key.isdecimal() and len(key) < 9 for key in values["channels"]}
         values["channels"] = {
-            int(key) if digits[key] else key: count for key, count in values["channels"].items()
+            int(key) if key.isascii() and key.isdecimal() and len(key) < 9 else key: count
+            for key, count in values["channels"].items()
         }
     if isinstance(values.get("resample_filter"), list):
         values["resample_filter"] = tuple(values["resample_filter"])
