@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar
 
 import torch
@@ -13,7 +14,6 @@ from lmexp.landmarks.framing import resample, square_views
 from lmexp.landmarks.groups import GROUPS
 from lmexp.losses import identity_network
 from lmexp.losses.identity_network import SIDE, IdentityNetwork
-from lmexp.losses.lpips import shrink
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
 _NOSE_TIP = 30
@@ -23,12 +23,11 @@ _TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366))
 x then y; pixel (i, j) is the point (j, i). Source: Deng et al., "ArcFace", CVPR 2019 (arXiv
 1801.07698), which aligns by the corners of the mouth, too."""
 
-_SHRUNK = 256
-"""Images are averaged down to this side first. The FFHQ alignment keeps the eyes at most a quarter
-of the side apart, so that a pixel of the crop is never wider than 1.9 px after it."""
+_REDUCED = 256
+"""Images of twice this side or more are first reduced by averaging whole pixels, px."""
 
-_POINTS = 2
-"""Points a pixel of the crop, along each side, that are averaged: closer than 1 px each."""
+_EYES_APART = 0.25
+"""At most, between their centres, as a fraction of an image of the FFHQ alignment."""
 
 
 def fit_views(landmarks: Tensor) -> Tensor:
@@ -91,10 +90,17 @@ class IdentityDistance:
         network = self._load().to(look.device)
         views = fit_views(targets.look_landmarks.to(look))
 
+        side = look.shape[-1]
+        factor = max(1, side // _REDUCED)
+        # The crop's pixels are averages of points that are at most a pixel of the image apart.
+        # Their number depends on the image's side, not on the faces: jobs are strangers.
+        width = _EYES_APART * side / factor / (_TEMPLATE[1][0] - _TEMPLATE[0][0])
+        points = max(2, math.ceil(width))
+        reduced = views / factor
+
         def recognise(images: Tensor) -> Tensor:
-            images = shrink(images, _SHRUNK)
-            reduced = views * (images.shape[-1] / look.shape[-1])
-            crops = F.avg_pool2d(resample(images, reduced, SIDE * _POINTS), _POINTS)
+            images = F.avg_pool2d(images, factor)
+            crops = F.avg_pool2d(resample(images, reduced, SIDE * points), points)
             return F.normalize(network(crops), dim=1)
 
         with torch.no_grad():
