@@ -8,15 +8,23 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
 from lmexp.errors import LmexpError
 from lmexp.weights import store
 from lmexp.weights.converters import (
     HED_LAYERS,
+    SFACE_CONVOLUTIONS,
     convert_hed_vgg16,
     convert_mobile_stylegan,
+    convert_sface,
     convert_stlpips,
 )
 
@@ -92,6 +100,118 @@ def test_hed_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(LmexpError, match="pip install h5py"):
         convert_hed_vgg16({"x.h5": content})
+
+
+WIDTH, ANSWERS = 2, 3
+
+
+def onnx_file(
+    convolutions: tuple[str, ...] = SFACE_CONVOLUTIONS, block: int = 16
+) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+    """A thin SFace as OpenCV Zoo quantised it, in blocks along the last axis, whose last may be
+    short; and what its parameters stand for, by `layer_part`."""
+    draw = np.random.default_rng(0)
+    meant: dict[str, NDArray[np.float32]] = {}
+    constants: dict[str, NDArray[np.generic]] = {}
+    nodes = []
+
+    def quantise(name: str, *shape: int) -> None:
+        rows = (shape[0], int(np.prod(shape[1:]))) if len(shape) > 1 else shape
+        size = min(block, rows[-1])
+        blocks = (*rows[:-1], -(-rows[-1] // size))
+        levels = draw.integers(-128, 128, rows, dtype=np.int8)
+        scales = draw.uniform(0.01, 0.02, blocks).astype(np.float32)
+        zeros = draw.integers(-9, 9, blocks, dtype=np.int8)
+        value = np.empty(rows, np.float32)
+        for place in np.ndindex(*rows):
+            at = (*place[:-1], place[-1] // size)
+            value[place] = (np.float32(levels[place]) - np.float32(zeros[at])) * scales[at]
+        meant[name] = value.reshape(shape)
+        constants[f"{name}_quantized"], constants[f"{name}_scales"] = levels, scales
+        constants[f"{name}_zero_point"] = zeros
+        inputs = [f"{name}_{part}" for part in ("quantized", "scales", "zero_point")]
+        nodes.append(
+            onnx.helper.make_node(
+                "DequantizeLinear", inputs, [name], axis=len(rows) - 1, block_size=size
+            )
+        )
+        if len(shape) == 4:
+            constants[f"{name}_shape"] = np.array(shape, np.int64)
+
+    def normalise(name: str, width: int, epsilon: float) -> None:
+        parts = ("gamma", "beta", "moving_mean", "moving_var")
+        for part in parts:
+            meant[f"{name}_{part}"] = draw.uniform(0.5, 1.5, width).astype(np.float32)
+            constants[f"{name}_{part}"] = meant[f"{name}_{part}"]
+        inputs = ["x", *(f"{name}_{part}" for part in parts)]
+        nodes.append(onnx.helper.make_node("BatchNormalization", inputs, [name], epsilon=epsilon))
+
+    for name in convolutions:
+        kernel = 3 if name == "conv_1" or name.endswith("_dw") else 1
+        channels = 3 if name == "conv_1" else 1 if name.endswith("_dw") else WIDTH
+        quantise(f"{name}_conv2d_weight", WIDTH, channels, kernel, kernel)
+        normalise(f"{name}_batchnorm", WIDTH, 1e-3)
+        constants[f"{name}_relu_gamma"] = draw.uniform(0, 1, (WIDTH, 1, 1)).astype(np.float32)
+        meant[f"{name}_relu_gamma"] = constants[f"{name}_relu_gamma"]
+    normalise("bn1", WIDTH, 2e-5)
+    quantise("pre_fc1_weight", ANSWERS, WIDTH * 9)
+    quantise("pre_fc1_bias", ANSWERS)
+    normalise("fc1", ANSWERS, 2e-5)
+    stored = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = onnx.helper.make_graph(nodes, "thin", [], [], stored)
+    return onnx.helper.make_model(graph).SerializeToString(), meant
+
+
+def test_sface_is_dequantised_in_blocks_and_its_norms_folded() -> None:
+    content, meant = onnx_file()
+    converted = convert_sface({"x.onnx": content})
+    assert len(converted) == 3 * len(SFACE_CONVOLUTIONS) + 4
+    assert {tensor.dtype for tensor in converted.values()} == {torch.float32}
+
+    def norm(x: Tensor, name: str, epsilon: float) -> Tensor:
+        mean, variance, gamma, beta = (
+            torch.from_numpy(meant[f"{name}_{part}"])
+            for part in ("moving_mean", "moving_var", "gamma", "beta")
+        )
+        return F.batch_norm(x, mean, variance, gamma, beta, eps=epsilon)
+
+    draw = torch.Generator().manual_seed(0)
+    for name in SFACE_CONVOLUTIONS:
+        weight = torch.from_numpy(meant[f"{name}_conv2d_weight"])
+        groups = WIDTH if name.endswith("_dw") else 1
+        x = torch.randn(2, weight.shape[1] * groups, 5, 5, generator=draw)
+        wanted = norm(F.conv2d(x, weight, groups=groups), f"{name}_batchnorm", 1e-3)
+        bias = converted[f"{name}.bias"]
+        found = F.conv2d(x, converted[f"{name}.weight"], bias, groups=groups)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        slopes = torch.from_numpy(meant[f"{name}_relu_gamma"]).flatten()
+        assert torch.equal(converted[f"{name}.slope"], slopes)
+    x = torch.randn(2, WIDTH, 3, 3, generator=draw)
+    head = x * converted["head.scale"][:, None, None] + converted["head.shift"][:, None, None]
+    torch.testing.assert_close(head, norm(x, "bn1", 2e-5))
+    weight, bias = (torch.from_numpy(meant[f"pre_fc1_{part}"]) for part in ("weight", "bias"))
+    flat = x.flatten(1)
+    torch.testing.assert_close(
+        F.linear(flat, converted["linear.weight"], converted["linear.bias"]),
+        norm(F.linear(flat, weight, bias), "fc1", 2e-5),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model", onnx_file(SFACE_CONVOLUTIONS[:-1])[0], onnx_file()[0][:-900]]
+)
+def test_sface_refuses_other_files(content: bytes) -> None:
+    with pytest.raises(LmexpError, match="not the expected ONNX file") as caught:
+        convert_sface({"x.onnx": content})
+    assert "\n" not in str(caught.value)
+
+
+def test_sface_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(LmexpError, match="pip install onnx"):
+        convert_sface({"x.onnx": b""})
 
 
 class Exporter:
