@@ -3,147 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from tiny_projection import SCHEDULE, TERMS, WEIGHTS, Colours, make_context, make_targets, run
+from torch import Tensor
 
 from lmexp.errors import LmexpError
-from lmexp.generators.tiny_random import TinyRandom
-from lmexp.latents import Latents, measure, start_at_mean
-from lmexp.losses.landmarks import LandmarkHeatmaps
-from lmexp.losses.noise import NoiseRegularization
-from lmexp.losses.objective import Objective
-from lmexp.losses.prior import LatentPrior
+from lmexp.latents import Latents
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
-from lmexp.projection import State, Step, project
+from lmexp.projection import State, Step
 from lmexp.schedule import Schedule
-
-CPU = torch.device("cpu")
-SCHEDULE = Schedule(steps=8, learning_rate=0.05)
-SEEDS = (3, 5, 8)
-
-
-class StubHeatmaps(nn.Module):
-    """68 heat maps from one random linear map of the colours: differentiable, and cheap."""
-
-    weights_sha256 = "stub"
-    kernel: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(1)
-        self.register_buffer("kernel", torch.randn(68, 3, 1, 1, generator=random))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.sigmoid(F.conv2d(F.adaptive_avg_pool2d(images, 64), self.kernel))
-
-
-class Colours:
-    """Mean square difference of the pixels: the simplest term of the look."""
-
-    weight = 1.0
-    needs_expression: ClassVar[bool] = False
-
-    def __init__(self, nan_at: dict[int, int] | None = None) -> None:
-        self.bound = 0
-        self.nan_at = nan_at or {}
-
-    def bind(self, context: Context, targets: Targets) -> BoundTerm:
-        del context
-        self.bound += 1
-        look = targets.look
-
-        def evaluate(candidate: Candidate) -> Tensor:
-            values = (candidate.images - look).square().mean((1, 2, 3))
-            for job, step in self.nan_at.items():
-                if candidate.step >= step and job < len(values):
-                    values = values * torch.where(torch.arange(len(values)) == job, torch.nan, 1.0)
-            return values
-
-        return evaluate
-
-
-TERMS = {
-    "colours": Colours(),
-    "landmarks": LandmarkHeatmaps(),
-    "noise": NoiseRegularization(),
-    "prior": LatentPrior(),
-}
-WEIGHTS = (
-    {"colours": 1.0, "landmarks": 0.1, "noise": 1e3, "prior": 0.01},
-    {"colours": 3.0, "landmarks": 0.0, "noise": 1e2, "prior": 0.0},
-    {"colours": 0.0, "landmarks": 0.5, "noise": 0.0, "prior": 0.05},
-)
 
 
 @pytest.fixture(scope="module")
 def context() -> Context:
-    generator = TinyRandom(resolution=32, dim=16, channels=8).double()
-    statistics = measure(generator.float(), 200, 0, CPU)
-    doubled = type(statistics)(
-        statistics.samples.double(), statistics.w_avg.double(), statistics.w_std
-    )
-    return Context(generator.double(), StubHeatmaps().double(), doubled)
+    return make_context()
 
 
 @pytest.fixture(scope="module")
 def targets() -> Targets:
-    random = torch.Generator().manual_seed(2)
-    images = torch.rand(2, 3, 3, 32, 32, generator=random, dtype=torch.float64) * 2 - 1
-    points = torch.rand(2, 3, 68, 2, generator=random, dtype=torch.float64) * 32
-    weights = torch.rand(3, 68, generator=random, dtype=torch.float64)
-    return Targets(images[0], points[0], images[1], points[1], weights)
-
-
-def rows(targets: Targets, jobs: Sequence[int]) -> Targets:
-    chosen = list(jobs)
-    assert targets.expression is not None
-    assert targets.expression_landmarks is not None and targets.landmark_weights is not None
-    return Targets(
-        targets.look[chosen],
-        targets.look_landmarks[chosen],
-        targets.expression[chosen],
-        targets.expression_landmarks[chosen],
-        targets.landmark_weights[chosen],
-    )
-
-
-def run(
-    context: Context,
-    targets: Targets,
-    jobs: Sequence[int] = (0, 1, 2),
-    *,
-    space: str = "w_plus",
-    terms: dict[str, object] | None = None,
-    schedule: Schedule = SCHEDULE,
-    first_step: int = 0,
-    resume: Sequence[State] | None = None,
-    callback: Callable[[Step], None] | None = None,
-) -> Latents:
-    seeds = [SEEDS[job] for job in jobs]
-    start = start_at_mean(
-        context.generator, context.latent_statistics, space=space, seeds=seeds, device=CPU
-    )
-    start = Latents(start.ws.double(), tuple(noise.double() for noise in start.noise_bufs))
-    objective = Objective.bind(
-        terms or TERMS,  # type: ignore[arg-type]
-        [WEIGHTS[job] for job in jobs],
-        context,
-        rows(targets, jobs),
-    )
-    return project(
-        context,
-        objective,
-        start,
-        schedule,
-        seeds=seeds,
-        first_step=first_step,
-        resume=resume,
-        callback=callback,
-    )
+    return make_targets()
 
 
 @pytest.mark.parametrize("space", ["w", "w_plus"])
@@ -308,3 +189,149 @@ def test_prior_sees_latents_without_the_exploration_noise(
     torch.testing.assert_close(seen[0].ws, w_avg.expand_as(seen[0].ws))
     quiet = context.generator.synthesis(seen[0].ws, seen[0].noise_bufs)
     assert (seen[0].images - quiet).abs().max() > 1e-4  # the images do see it
+
+
+def test_only_the_moving_ws_move(context: Context, targets: Targets) -> None:
+    final = run(context, targets, moving_ws=(1, 3))
+    moved = (final.ws - context.latent_statistics.w_avg).abs().amax((0, 2))
+    assert (moved > 1e-3).tolist() == [False, True, True, *[False] * (len(moved) - 3)]
+    assert (moved[[0, *range(3, len(moved))]] == 0).all()
+    everything = run(context, targets, moving_ws=(0, len(moved)))
+    assert torch.equal(everything.ws, run(context, targets).ws)
+    alone = run(context, targets, [2], moving_ws=(1, 3))
+    torch.testing.assert_close(alone.ws[0], final.ws[2], rtol=1e-9, atol=1e-10)
+
+
+def test_what_stays_is_rendered_without_exploration_noise(
+    context: Context, targets: Targets
+) -> None:
+    rendered: list[Tensor] = []
+    synthesis = context.generator.synthesis
+
+    class Watched(type(context.generator)):  # type: ignore[misc]
+        def synthesis(self, ws: Tensor, *noise: object) -> Tensor:
+            rendered.append(ws.detach())
+            return synthesis(ws, *noise)  # type: ignore[arg-type]
+
+    watched = Watched(resolution=32, dim=16, channels=8)
+    run(replace(context, generator=watched), targets, moving_ws=(1, 3))
+    strayed = (rendered[0] - context.latent_statistics.w_avg).abs().amax((0, 2)) > 0
+    assert strayed.tolist() == [False, True, True, *[False] * (len(strayed) - 3)]
+
+
+PATIENT = Schedule(steps=60, learning_rate=0.05, noise_factor=0, patience=4, least_gain=0.05)
+"""With it, the jobs reach a plateau, each at a step of its own."""
+
+
+def followed(
+    context: Context, targets: Targets, jobs: Sequence[int], schedule: Schedule
+) -> tuple[Latents, list[Step], list[list[float]]]:
+    steps: list[Step] = []
+    totals: list[list[float]] = []
+
+    def note(step: Step) -> None:
+        steps.append(step)
+        totals.append(step.losses.total.tolist())
+
+    return run(context, targets, jobs, schedule=schedule, callback=note), steps, totals
+
+
+def taken(steps: Sequence[Step], k: int) -> int:
+    return sum(not step.finished[k] for step in steps)
+
+
+def test_a_job_on_a_plateau_goes_down_the_ramp_and_ends_and_the_others_go_on(
+    context: Context, targets: Targets
+) -> None:
+    together, steps, _ = followed(context, targets, [0, 1, 2], PATIENT)
+    lengths = [taken(steps, k) for k in range(3)]
+    assert len(set(lengths)) == 3 and min(lengths) >= 2 * PATIENT.patience + 15  # type: ignore[operator]
+    assert len(steps) == max(lengths) < PATIENT.steps
+    ramp = [PATIENT.learning_rate_at(step) for step in range(45, 60)]
+    for k in range(3):
+        # The rates are the schedule's, without the part that was skipped.
+        rates = [step.learning_rates[k] for step in steps[: lengths[k]]]
+        head = [PATIENT.learning_rate_at(step) for step in range(lengths[k] - 15)]
+        assert rates == [*head, *ramp]
+        alone, own, totals = followed(context, targets, [k], PATIENT)
+        assert len(own) == lengths[k]
+        torch.testing.assert_close(alone.ws[0], together.ws[k], rtol=1e-8, atol=1e-9)
+        # The jump came when the means said so, and not before.
+        judged = [total for (total,) in totals][PATIENT.settled_at : lengths[k] - 15]
+        assert PATIENT.is_plateau(judged)
+        assert not any(PATIENT.is_plateau(judged[:n]) for n in range(len(judged)))
+
+
+def test_a_finished_job_stays_where_it_ended(context: Context, targets: Targets) -> None:
+    states: list[State] = []
+    first = min(range(3), key=lambda k: taken(followed(context, targets, [k], PATIENT)[1], 0))
+    final = run(
+        context,
+        targets,
+        schedule=PATIENT,
+        callback=lambda step: states.append(step.states(first)) if step.finished[first] else None,
+    )
+    assert len(states) > 1
+    for state in states:
+        assert torch.equal(state["parameter_0"], final.ws[first])
+
+
+@pytest.mark.parametrize("stop_at", [2, 14, 30])
+def test_a_plateau_leaves_no_trace_of_a_stop(
+    context: Context, targets: Targets, stop_at: int
+) -> None:
+    saved: list[State] = []
+
+    def save(step: Step) -> None:
+        if step.step + 1 == stop_at:
+            saved.extend(step.states(k) for k in range(3))
+
+    whole = run(context, targets, schedule=PATIENT, callback=save)
+    steps: list[int] = []
+    resumed = run(
+        context,
+        targets,
+        schedule=PATIENT,
+        first_step=stop_at,
+        resume=saved,
+        callback=lambda step: steps.append(step.step),
+    )
+    assert steps[0] == stop_at
+    assert torch.equal(resumed.ws, whole.ws)
+
+
+def test_a_finished_job_that_is_resumed_takes_no_step(context: Context, targets: Targets) -> None:
+    saved: list[State] = []
+    whole = run(
+        context, targets, [1], schedule=PATIENT, callback=lambda step: saved.append(step.states(0))
+    )
+    resumed = run(
+        context,
+        targets,
+        [1],
+        schedule=PATIENT,
+        first_step=len(saved),
+        resume=saved[-1:],
+        callback=lambda step: pytest.fail("it took a step"),
+    )
+    assert torch.equal(resumed.ws, whole.ws)
+
+
+def test_patience_that_never_runs_out_changes_nothing(context: Context, targets: Targets) -> None:
+    patient = replace(SCHEDULE, patience=100)
+    assert torch.equal(run(context, targets, schedule=patient).ws, run(context, targets).ws)
+
+
+def test_the_landmark_ramp_weighs_the_terms_of_the_expression_alone(
+    context: Context, targets: Targets
+) -> None:
+    steps: list[Step] = []
+    staged = replace(SCHEDULE, landmark_factor=0.0, landmark_ramp=0.5)
+    run(context, targets, schedule=staged, callback=steps.append)
+    for step, factor in zip(steps, [0, 0.25, 0.5, 0.75, 1, 1, 1, 1], strict=True):
+        raw, weighted = step.losses.raw, step.losses.weighted
+        weights = torch.tensor([job["landmarks"] for job in WEIGHTS], dtype=torch.float64)
+        torch.testing.assert_close(weighted["landmarks"], factor * raw["landmarks"] * weights)
+        for name in ("colours", "noise", "prior"):
+            weights = torch.tensor([job[name] for job in WEIGHTS]).double()
+            torch.testing.assert_close(weighted[name], raw[name] * weights)
