@@ -82,3 +82,13 @@ def test_targets_are_bound_once_for_all_steps() -> None:
     for _ in range(3):
         objective(CANDIDATE)
     assert (term.bound, term.evaluated) == (1, 3)
+
+
+def test_a_factor_weighs_the_terms_of_the_expression_alone() -> None:
+    terms: dict[str, Term] = {"look": Counted(10), "expression": OfTheExpression(1)}
+    weights = [{"look": 1.0, "expression": 2.0}, {"look": 0.5, "expression": 4.0}]
+    losses = Objective.bind(terms, weights, CONTEXT, PAIR)(CANDIDATE, 0.25)
+    assert losses.raw["expression"].tolist() == [1, 2]
+    assert losses.weighted["look"].tolist() == [10, 10]
+    assert losses.weighted["expression"].tolist() == [0.5, 2]
+    assert losses.total.tolist() == [10.5, 12]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from lmexp.errors import LmexpError
 from lmexp.generators.tiny_random import TinyRandom
-from lmexp.latents import derive_seed, draw_normal, expand, measure, start_at_mean
+from lmexp.latents import derive_seed, draw_normal, expand, mark_moving, measure, start_at_mean
 
 CPU = torch.device("cpu")
 GENERATOR = TinyRandom(resolution=16, dim=8, channels=4)
@@ -54,3 +55,15 @@ def test_expand_repeats_w_and_leaves_w_plus() -> None:
     w, ws = torch.randn(2, 1, 4), torch.randn(2, 3, 4)
     assert torch.equal(expand(w, 3)[:, 2], w[:, 0])
     assert torch.equal(expand(ws, 3), ws)
+
+
+def test_which_ws_move() -> None:
+    ws = torch.zeros(2, 5, 4, dtype=torch.float64)
+    assert mark_moving(None, ws) is None
+    moves = mark_moving((1, 3), ws)
+    assert moves is not None and moves.dtype == ws.dtype
+    assert moves.tolist() == [[0], [1], [1], [0], [0]]
+    beyond = mark_moving((3, 14), ws)  # as far as there are so many
+    assert beyond is not None and beyond.flatten().tolist() == [0, 0, 0, 1, 1]
+    with pytest.raises(LmexpError, match=r"latent\.moving_ws: \[5, 9\] holds none .* 5 ws"):
+        mark_moving((5, 9), ws)

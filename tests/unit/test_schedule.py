@@ -36,3 +36,34 @@ def test_ramps_of_length_zero_are_off() -> None:
     flat = Schedule(steps=10, rampup=0, rampdown=0, noise_ramp=0)
     assert [flat.learning_rate_at(step) for step in range(10)] == pytest.approx([0.1] * 10)
     assert flat.noise_at(0) == 0.0
+
+
+def test_the_factor_of_the_landmark_terms_goes_linearly_to_one() -> None:
+    look_first = Schedule(steps=10, landmark_factor=0.0, landmark_ramp=0.4)
+    factors = [look_first.landmark_factor_at(step) for step in range(6)]
+    assert factors == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1])
+    expression_first = Schedule(steps=10, landmark_factor=3.0, landmark_ramp=1.0)
+    assert expression_first.landmark_factor_at(5) == pytest.approx(2)
+    off = Schedule(steps=10, landmark_factor=0.0, landmark_ramp=0.0)
+    assert [off.landmark_factor_at(step) for step in range(10)] == [1.0] * 10
+    assert [Schedule(steps=10).landmark_factor_at(step) for step in range(10)] == [1.0] * 10
+
+
+def test_where_nothing_rises_any_more_and_where_the_ramp_down_begins(published: Schedule) -> None:
+    assert (published.settled_at, published.rampdown_at) == (50, 750)
+    assert published.learning_rate_at(749) == published.learning_rate_at(750) == 0.1
+    assert published.learning_rate_at(751) < 0.1
+    assert Schedule(steps=1000, landmark_ramp=0.5).settled_at == 500
+    assert Schedule(steps=10, rampdown=0).rampdown_at == 10
+
+
+def test_a_plateau_is_two_windows_whose_means_hardly_differ() -> None:
+    schedule = Schedule(steps=100, patience=2, least_gain=0.1)
+    assert not schedule.is_plateau([5, 5, 5])  # too few to say
+    assert schedule.is_plateau([5, 5, 5, 5])
+    assert not schedule.is_plateau([6, 4, 5, 4])  # 5 -> 4.5 is a tenth
+    assert schedule.is_plateau([6, 4, 5, 4.1])
+    assert schedule.is_plateau([1, 1, 9, 9])  # it rises: no gain either
+    assert not schedule.is_plateau([1, 1, 6, 4, 5, 4])  # only the last ones count
+    assert not schedule.is_plateau([-4, -4, -5, -5])  # below zero, lower is lower all the same
+    assert not Schedule(steps=100).is_plateau([5] * 50)  # no patience: never
