@@ -65,7 +65,7 @@ class IdentityDistance:
 
     Both are cropped alike, by the look's eyes and nose. The mouth is within the crop, and an
     expression costs a little of the recogniser's cosine in real photos as well: a large weight
-    holds it back. The scores' identity is judged by another network (`lmexp.metrics`).
+    may hold it back. The scores' identity is judged by another network (`lmexp.metrics`).
 
     Args:
         weight: ≥ 0, λ of the term, whose values are between 0 and 2.
