@@ -1,0 +1,85 @@
+"""What is off by default, switched on through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import TINY, CommandLine, assert_same_result, latents
+from test_single_run import interrupt_at
+
+from lmexp.recording.run_folder import RunFolder
+
+IMPATIENT = ("optimizer.steps=40", "optimizer.patience=3", "optimizer.least_gain=1.0")
+"""No loss falls to nothing, so a plateau is seen as soon as there are two windows of steps."""
+ENDS_AT = 2 + 6 + 10
+"""Ramp-up, two windows, ramp-down."""
+
+
+def test_a_plateau_ends_a_job_early(lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lmexp(*TINY, *IMPATIENT).code == 0
+    folder = RunFolder(lmexp.only_run())
+    metrics, summary = folder.read_metrics(), folder.read_summary()
+    assert (summary["steps"], summary["steps_taken"]) == (40, ENDS_AT)
+    assert [line["step"] for line in metrics] == list(range(ENDS_AT))
+    assert summary["losses"]["raw"] == metrics[-1]["raw"]
+    assert metrics[-1]["lr"] < 0.05 * metrics[6]["lr"]  # it went down the ramp
+    assert folder.video_path.exists()
+
+    interrupt_at(monkeypatch, 11)  # in the ramp-down
+    assert lmexp(*TINY, *IMPATIENT, "output_dir=stopped").code == 130
+    assert lmexp(*TINY, *IMPATIENT, "output_dir=stopped").code == 0
+    assert_same_result(lmexp.only_run(), lmexp.run_folders("stopped")[0])
+
+
+def test_a_job_of_a_batch_that_has_ended_waits_for_the_other(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*TINY, "optimizer.steps=40", "optimizer.patience=2", "optimizer.least_gain=0.1"]
+    words += ["latent.start=mean", "-m", "loss.landmarks.weight=0.001,2.0"]
+    interrupt_at(monkeypatch, 18)
+    assert lmexp(*words, "hardware.batch_size=2", "output_dir=both").code == 130
+    assert lmexp(*words, "hardware.batch_size=2", "output_dir=both").code == 0
+    assert lmexp(*words, "hardware.batch_size=2", "output_dir=whole").code == 0
+    both, whole = (
+        sorted(status.parent for status in Path(root).glob("*/*/status.json"))
+        for root in ("both", "whole")
+    )
+    taken = [RunFolder(path).read_summary()["steps_taken"] for path in both]
+    assert len(set(taken)) == 2
+    for one, other, steps in zip(both, whole, taken, strict=True):
+        assert len(RunFolder(one).read_metrics()) == steps
+        assert_same_result(one, other)
+
+
+def test_the_best_of_several_starts(lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*TINY, "latent.starts=3", "latent.starts_spread=0.2"]
+    interrupt_at(monkeypatch, 2)
+    assert lmexp(*words).code == 130
+    assert lmexp(*words).code == 0
+    summary = RunFolder(lmexp.only_run()).read_summary()
+    totals, chosen = summary["starts"]["totals"], summary["starts"]["chosen"]
+    assert len(totals) == 3 and totals[chosen] == min(totals) < max(totals)
+    assert len(RunFolder(lmexp.only_run()).read_metrics()) == 5
+    lmexp(*words, "output_dir=whole")
+    assert_same_result(lmexp.only_run(), lmexp.run_folders("whole")[0])
+    # One inversion serves a job with one start and with several.
+    assert "inverting" in lmexp(*TINY, "output_dir=one").err
+    assert "inverting" not in lmexp(*words, "output_dir=one").err
+    assert RunFolder(lmexp.run_folders("one")[0]).read_summary().keys() == summary.keys()
+
+
+def test_only_the_moving_ws_leave_the_inversion(lmexp: CommandLine) -> None:
+    assert lmexp(*TINY, "latent.head_start=0", "latent.moving_ws=[1,3]").code == 0
+    path = lmexp.only_run()
+    with np.load(path / "inversion_w.npz") as stored:
+        moved = np.abs(latents(path) - stored["w"]).max((0, 2))
+    assert (moved > 1e-4).tolist() == [False, True, True, False, False]
+    assert (moved[[0, 3, 4]] == 0).all()
+
+
+def test_ws_that_the_generator_does_not_have(lmexp: CommandLine) -> None:
+    answer = lmexp(*TINY, "latent.moving_ws=[7,9]")
+    assert answer.code == 1
+    assert "latent.moving_ws: [7, 9] holds none of the generator's 5 ws" in answer.out
