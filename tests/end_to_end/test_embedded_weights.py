@@ -15,7 +15,14 @@ def test_the_default_experiment_on_a_photo_in_a_few_steps(lmexp: CommandLine) ->
     folder = RunFolder(path)
     assert path.name.startswith("generated20+astronaut-")
     summary = folder.read_summary()
-    assert set(summary["losses"]["raw"]) == {"lpips", "landmarks", "noise", "prior"}
+    assert set(summary["losses"]["raw"]) == {
+        "lpips",
+        "landmarks",
+        "coordinates",
+        "identity",
+        "noise",
+        "prior",
+    }
     assert {"generator", "landmarks", "loss.lpips"} <= set(summary["weights_sha256"])
     assert summary["nme_judge_independent"]
     # A face all along: started from the look's inversion, five small steps stay near it.
