@@ -6,16 +6,25 @@ Every Hydra program of the environment imports this file, so it imports nothing 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hydra.core.utils import JobReturn, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig, OmegaConf, read_write
 
 
 class BatchLauncher(Launcher):
-    """Hands all jobs of a sweep to `lmexp.launching.batch_launcher.launch` at once."""
+    """Hands all jobs of a sweep to `lmexp.launching.batch_launcher.launch` at once.
+
+    Args:
+        engine: the component that computes batches; None for this host's devices.
+    """
+
+    def __init__(self, engine: Mapping[str, Any] | None = None) -> None:
+        plain = OmegaConf.to_container(OmegaConf.create(dict(engine or {})))
+        self.engine = {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -36,4 +45,6 @@ class BatchLauncher(Launcher):
         from lmexp.launching.batch_launcher import launch
 
         setup_globals()
-        return launch(self._config_loader, self._config, job_overrides, initial_job_idx)
+        return launch(
+            self._config_loader, self._config, job_overrides, initial_job_idx, self.engine or None
+        )

@@ -27,6 +27,7 @@ from lmexp.errors import LmexpError
 
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 
 
 class Schema(BaseModel):
@@ -138,6 +139,9 @@ class Hardware(Schema):
     """Where and how wide to compute; never part of a run's identity."""
 
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
+    devices: tuple[DeviceName, ...] | Literal["all"] | None = None
+    """Devices of this host that a sweep's batches are shared out among, a process each; None for
+    `device` alone."""
     batch_size: Annotated[int, Field(ge=1)]
     """Jobs of a sweep projected at once; each of `latent.starts` counts."""
     threads: Annotated[int, Field(ge=1)] | None

@@ -23,8 +23,10 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return 1 if "failed" in states else 0
 
 
-def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None) -> None:
-    """Print one job's result in sentences, a sweep's as a table."""
+def print_outcomes(
+    outcomes: Sequence[Outcome], sweep_folder: Path | None = None, command: str = ""
+) -> None:
+    """Print one job's result in sentences, a sweep's as a table with the command to retry."""
     console = Console(soft_wrap=True, highlight=False)
     if len(outcomes) == 1 and sweep_folder is None:
         console.print(_tell(outcomes[0]), markup=False)
@@ -51,8 +53,11 @@ def print_outcomes(outcomes: Sequence[Outcome], sweep_folder: Path | None = None
         console.print(f"Figures for a paper, PNG and PDF: {sweep_folder / 'figures'}", markup=False)
     if counts["failed"] or counts["interrupted"]:
         console.print(
-            f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished."
+            f"{COMMAND_TO_GO_ON[0].upper()}{COMMAND_TO_GO_ON[1:]} with what is not finished"
+            f"{':' if command else '.'}"
         )
+        if command:
+            console.print(f"  {command}", markup=False)
 
 
 def _errors(outcome: Outcome) -> tuple[str, str]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from omegaconf import DictConfig, open_dict
+from pydantic import ValidationError
 
-from lmexp.config import digest, validate
+from lmexp.config import Component, Hardware, digest, validate
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
+from lmexp.launching.index import SweepIndex
+from lmexp.launching.protocol import Engine
+from lmexp.launching.sweep import command_again, engine_here, run_jobs
+from lmexp.recording.atomic_file import write_error
 from lmexp.report import exit_code, print_outcomes
-from lmexp.runner import Outcome, Request, run
+from lmexp.runner import Outcome, Request
+from lmexp.stopping import listen
+
+log = logging.getLogger("lmexp")
 
 
 def launch(
@@ -24,27 +33,30 @@ def launch(
     config: DictConfig,
     job_overrides: Sequence[Sequence[str]],
     initial_job_idx: int,
+    engine: Mapping[str, Any] | None = None,
 ) -> list[JobReturn]:
     """Check every job's config, then run them all; see `lmexp.runner.run`.
 
     Ends the process with the sweep's exit code if a job did not finish.
 
+    Args:
+        engine: the engine's component; None for this host's devices.
+
     Raises:
         LmexpError: a job's config is wrong; no job has then been started.
     """
     requests = [
-        _compose(config_loader, config, overrides, initial_job_idx + k)
+        compose_job(config_loader, config, overrides, initial_job_idx + k)
         for k, overrides in enumerate(job_overrides)
     ]
     name = config.hydra.runtime.choices.get("sweep") or "multirun"
     identity = digest([request.config.identity({}) for request in requests])[:8]
-    folder = Path(requests[0].config.output_dir) / f"{name}-{identity}"
-    folder.mkdir(parents=True, exist_ok=True)
-    outcomes = run(requests, folder, sweep=folder.name)
-    write_index(folder, name, outcomes)
-    if any(outcome.state in ("finished", "skipped") for outcome in outcomes):
-        make_all(folder, requests[0].config.figure)
-    print_outcomes(outcomes, folder)
+    folder = make_folder(Path(requests[0].config.output_dir) / f"{name}-{identity}")
+    index = SweepIndex(folder, name, command_again())
+    chosen = build_engine(engine, requests[0].config.hardware)
+    with listen() as stop:
+        outcomes = run_jobs(requests, index, chosen, stop)
+    conclude(outcomes, folder)
     if code := exit_code(outcomes):
         sys.exit(code)
     return [
@@ -57,9 +69,54 @@ def launch(
     ]
 
 
-def _compose(
+def build_engine(engine: Mapping[str, Any] | None, hardware: Hardware) -> Engine:
+    """The engine that the launcher's yaml names, or this host's.
+
+    Raises:
+        LmexpError: a key of it is wrong, a device is not there, or a package is missing.
+    """
+    if engine is None:
+        return engine_here(hardware)
+    try:
+        built: Engine = Component.model_validate(dict(engine)).build()
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(("hydra.launcher.engine", *map(str, fault["loc"])))
+        raise LmexpError(f"{key}: {fault['msg']}") from error
+    return built
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the sweep's folder.
+
+    Raises:
+        LmexpError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
+
+
+def conclude(outcomes: Sequence[Outcome], folder: Path) -> None:
+    """Make the sweep's figures and print its table."""
+    if any(outcome.state in ("finished", "skipped") for outcome in outcomes):
+        try:
+            make_all(folder, outcomes[0].request.config.figure)
+        except LmexpError as error:  # the table says what there is, whatever becomes of figures
+            log.warning("figures: %s", error)
+    print_outcomes(outcomes, folder, command=command_again())
+
+
+def compose_job(
     config_loader: ConfigLoader, config: DictConfig, overrides: Sequence[str], number: int
 ) -> Request:
+    """One job's checked config.
+
+    Raises:
+        LmexpError: it is wrong; the line names the job.
+    """
     composed = config_loader.load_sweep_config(config, list(overrides))
     with open_dict(composed):
         composed.hydra.job.id = composed.hydra.job.num = number
@@ -76,21 +133,3 @@ def _varied(overrides: Sequence[str], config: DictConfig) -> list[str]:
     varied = [item for item in filter_overrides(overrides) if item not in fixed] or list(overrides)
     parsed = OverridesParser.create().parse_overrides(varied)
     return [f"{override.get_key_element().lstrip('+')}={override.value()}" for override in parsed]
-
-
-def write_index(folder: Path, name: str, outcomes: Sequence[Outcome]) -> None:
-    """`index.json`: the sweep's jobs in order, their folders, overrides and states."""
-    jobs = [
-        {
-            "folder": outcome.folder.name if outcome.folder else None,
-            "overrides": dict(item.lstrip("+").split("=", 1) for item in outcome.request.overrides),
-            "label": ", ".join(item.lstrip("+") for item in outcome.request.overrides),
-            "state": outcome.state,
-            "reason": outcome.reason,
-        }
-        for outcome in outcomes
-    ]
-    path = folder / "index.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"name": name, "jobs": jobs}, indent=2) + "\n")
-    partial.replace(path)

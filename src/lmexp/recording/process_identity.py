@@ -28,7 +28,17 @@ def is_running(pid: int, identity: str) -> bool:
         return False
     except PermissionError:
         pass
+    if _is_zombie(pid):
+        return False
     return not identity or identify_process(pid) in ("", identity)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether it is dead and nobody has asked for its exit code: containers without an init."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except (OSError, IndexError):
+        return False
 
 
 def _boot() -> str:
