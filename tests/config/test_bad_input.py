@@ -55,6 +55,8 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
             [
                 "loss.lpips.weight=0",
                 "loss.landmarks.weight=0",
+                "loss.coordinates.weight=0",
+                "loss.identity.weight=0",
                 "loss.prior.weight=0",
                 "loss.noise.weight=0",
             ],
