@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -217,3 +218,25 @@ def test_the_folder_is_read_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) is False
+
+
+def test_what_a_killed_process_was_writing_goes_with_the_finished_run(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / ".status.json.host.12.part").write_text("{")
+    folder.state_path.touch()
+    folder.write_status("finished", step=1, steps=1)
+    folder.remove_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_a_zombie_is_not_at_work() -> None:
+    """In a container without an init, an orphan that was killed stays as a zombie for ever."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    identity = ""
+    for _ in range(500):
+        if not is_running(dead.pid, identity):
+            break
+        time.sleep(0.01)
+    assert Path(f"/proc/{dead.pid}").exists()  # nobody has asked for its exit code
+    assert not is_running(dead.pid, identity)
+    dead.wait()

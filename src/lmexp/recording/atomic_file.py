@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from pathlib import Path
 
 from lmexp.errors import LmexpError
@@ -26,7 +27,9 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
         DiskFullError: no space (or quota) left.
         LmexpError: the file cannot be written for another reason.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Two hosts of a cluster may write the same file, with the same process number.
+    writer = f"{socket.gethostname()}.{os.getpid()}"
+    unfinished = path.with_name(f".{path.name}.{writer}.part")
     try:
         with unfinished.open("wb") as file:
             file.write(data)

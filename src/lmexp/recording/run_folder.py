@@ -317,9 +317,10 @@ class RunFolder:
             raise _unreadable(path, error) from error
 
     def remove_unfinished(self) -> None:
-        """Remove what only a running job needs: the frames and the state."""
+        """Remove what only a running job needs, and what a killed one was writing."""
         shutil.rmtree(self.frames_path, ignore_errors=True)
-        self.state_path.unlink(missing_ok=True)
+        for path in (self.state_path, *self.path.glob(".*.part")):
+            path.unlink(missing_ok=True)
 
     def _metric_lines(self) -> Iterator[bytes]:
         path = self.path / "metrics.jsonl"
