@@ -17,7 +17,8 @@ QUICK = (*TINY, "recording.video_frames=0")
 
 
 def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLine) -> None:
-    words = [*QUICK, "+sweep=weights", "figure=[weights_grid]"]
+    # The head start of a generator known by 16 pictures is a fit that rounding moves.
+    words = [*QUICK, "+sweep=weights", "figure=[weights_grid]", "latent.head_start=0"]
     alone = lmexp(*words, "hardware.batch_size=1", "output_dir=alone")
     assert alone.code == 0, alone
     batched = lmexp(*words, "hardware.batch_size=3", "output_dir=batched")
@@ -27,7 +28,7 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     (one,), (three,) = (list(Path(root).glob("weights-*")) for root in ("alone", "batched"))
     assert one.name == three.name
     index = read_index(one)
-    assert index == read_index(three)
+    assert index["jobs"] == read_index(three)["jobs"]
     assert index["name"] == "weights"
     assert [job["overrides"]["landmark_weights"] for job in index["jobs"]] == [
         "reference",
