@@ -124,6 +124,9 @@ def test_the_same_bytes_again_and_in_another_process(weights: Path, pairs: Path)
     assert done.stdout.splitlines() == [str(path) for path in first]
     assert done.stderr.splitlines() == [
         "factor_grid: not made: it needs two factors, these runs have 1",
+        "pareto: not made: it needs three runs with scores (identity and landmarks) and with an "
+        "inversion, these are 0",
+        "score_table: not made: no run has scores",
         "strip: not made: a run did not start from its look's inversion",
     ]
     assert {path: path.read_bytes() for path in first} == first
@@ -390,6 +393,8 @@ def test_every_figure_has_a_yaml() -> None:
         "factor_grid",
         "loss_curves",
         "nme_table",
+        "score_table",
+        "pareto",
     }
 
 
