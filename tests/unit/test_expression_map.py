@@ -138,3 +138,33 @@ def test_a_measured_map_is_kept_and_found(
     path.write_bytes(b"broken")
     assert find() is None
     assert "unreadable" in caplog.text
+
+
+def test_a_jobs_head_start_does_not_depend_on_its_batch(
+    linear: tuple[Linear, LatentStatistics],
+) -> None:
+    generator, statistics = linear
+    made = expression_map.measure(generator, nothing, statistics, 500)  # type: ignore[arg-type]
+    ws = statistics.samples[:3, None].expand(-1, 3, -1).contiguous()
+    now, goal = generator.synthesis(ws), generator.synthesis(statistics.samples[5:8, None])
+    weights = torch.rand(3, 68, generator=torch.Generator().manual_seed(4))
+
+    def move(jobs: slice) -> Tensor:
+        return expression_map.head_start(
+            ws[jobs],
+            made,
+            generator,  # type: ignore[arg-type]
+            nothing,  # type: ignore[arg-type]
+            statistics,
+            look_landmarks=now[jobs] * 64,
+            expression_landmarks=goal[jobs] * 64,
+            weights=weights[jobs],
+            share=0.5,
+            rows=(0, 2),
+        )
+
+    together = move(slice(0, 3))
+    for job in range(3):
+        alone = move(slice(job, job + 1))
+        assert torch.allclose(alone[0], together[job], atol=1e-4)
+        assert float((together[job] - ws[job]).abs().max()) > 1e-2
