@@ -25,11 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F
 
+from lmexp.faces.agreement import STEADY
 from lmexp.generators.protocol import Generator
 from lmexp.landmarks.decoding import decode
-from lmexp.landmarks.groups import GROUPS
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics, expand
 from lmexp.losses.prior import GaussianSpace
@@ -37,9 +36,6 @@ from lmexp.weights import store
 from lmexp.weights.converters import first_line
 
 log = logging.getLogger("lmexp")
-
-STEADY = [*GROUPS["nose_bridge"], *GROUPS["left_eye"], *GROUPS["right_eye"]]
-"""Landmarks that faces are laid over each other by, as `faces.agreement` lays photos."""
 
 TRUNCATION = 0.8
 """ψ of the samples: of untruncated ones, some are no faces and their landmarks noise."""
@@ -58,7 +54,6 @@ VARIANCE_FLOOR = 1e-4
 
 PACKAGED = "expression_map_mobile"
 """The map of the packaged generator, since a CPU would measure it for a quarter of an hour."""
-
 
 SAME_MEAN = 0.02
 """Two means of W whose components differ by less belong to one mapping network; components
@@ -214,9 +209,7 @@ def head_start(
         moves = ws.new_zeros(ws.shape[1])
         first, end = rows if ws.shape[1] > 1 else (0, 1)
         moves[first:end] = 1
-        z = space.standardise(ws) + moves[:, None] * step[:, None]
-        back = torch.linalg.inv(space.whitening.double()).to(z.dtype)
-        return F.leaky_relu(z @ back + space.mean, 0.2)
+        return space.restore(space.standardise(ws) + moves[:, None] * step[:, None])
 
 
 def locate(generator: Generator, network: HeatmapNetwork, ws: Tensor) -> Tensor:

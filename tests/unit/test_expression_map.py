@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lmexp import expression_map
-from lmexp.expression_map import STEADY, ExpressionMap, lay_over_points
+from lmexp.expression_map import ExpressionMap, lay_over_points
+from lmexp.faces.agreement import STEADY
 from lmexp.latents import LatentStatistics
 from lmexp.losses.prior import GaussianSpace
 

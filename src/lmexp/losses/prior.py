@@ -52,6 +52,11 @@ class GaussianSpace:
         """w: [..., D] -> [..., D], standard normal for samples of the mapping network."""
         return (unroll(w) - self.mean) @ self.whitening
 
+    def restore(self, z: Tensor) -> Tensor:
+        """The inverse of `standardise`."""
+        back = torch.linalg.inv(self.whitening.double()).to(z.dtype)
+        return F.leaky_relu(z @ back + self.mean, 0.2)
+
 
 def unroll(w: Tensor) -> Tensor:
     """The inverse of LeakyReLU(0.2), up to scale; any shape."""
