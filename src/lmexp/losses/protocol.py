@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lmexp.acceleration import PLAIN, Acceleration
 from lmexp.generators.protocol import Generator
 from lmexp.landmarks.jitter import draw_views, look_through
 from lmexp.landmarks.protocol import HeatmapNetwork
@@ -18,11 +19,25 @@ from lmexp.latents import LatentStatistics
 
 @dataclass(frozen=True)
 class Context:
-    """The frozen objects of an experiment, the same for every job of a batch."""
+    """The frozen objects of an experiment, the same for every job of a batch.
+
+    Attributes:
+        acceleration: of the terms' own networks and functions.
+    """
 
     generator: Generator
     heatmap_network: HeatmapNetwork
     latent_statistics: LatentStatistics
+    acceleration: Acceleration = PLAIN
+
+    def accelerated(self, acceleration: Acceleration) -> Context:
+        """The same objects as the steps of a projection use them."""
+        return Context(
+            generator=acceleration.network(self.generator),
+            heatmap_network=acceleration.network(self.heatmap_network),
+            latent_statistics=self.latent_statistics,
+            acceleration=acceleration,
+        )
 
 
 @dataclass(frozen=True)
