@@ -27,6 +27,9 @@ from lmexp.errors import LmexpError
 
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+MOST_AT_ONCE = 64
+"""Jobs of a batch whose size is `auto`: more gain nothing, even where the memory holds them."""
+
 DeviceName = Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")]
 
 
@@ -142,11 +145,33 @@ class Hardware(Schema):
     devices: tuple[DeviceName, ...] | Literal["all"] | None = None
     """Devices of this host that a sweep's batches are shared out among, a process each; None for
     `device` alone."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Jobs of a sweep projected at once; each of `latent.starts` counts."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
+    """Jobs of a sweep projected at once; each of `latent.starts` counts. `auto`: as many as the
+    GPU's free memory holds; one on a CPU."""
     threads: Annotated[int, Field(ge=1)] | None
     """CPU threads; None leaves the choice to torch."""
     channels_last: bool
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Arithmetic of the frozen networks within the projection's steps. Latents, losses, Adam and
+    the final pictures are float32 in any case."""
+    compile: bool = False
+    """Fuse networks and terms by torch.compile: slow at the first start, then seconds."""
+    graphs: bool = False
+    """Capture a step as one CUDA graph."""
+
+    @property
+    def batch_limit(self) -> int:
+        """Most jobs at once, before anybody knows how many the memory holds."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        names = [self.device] if self.devices is None else self.devices
+        return MOST_AT_ONCE if "all" in names or any(n.startswith("cuda") for n in names) else 1
+
+    @model_validator(mode="after")
+    def _has_graphs(self) -> Hardware:
+        if self.graphs and self.device == "cpu":
+            raise ValueError("graphs: CUDA graphs need a CUDA GPU; set hardware.graphs=false")
+        return self
 
 
 class Inputs(Schema):

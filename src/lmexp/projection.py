@@ -1,28 +1,40 @@
 """The inner loop: optimise latents until their images have the look and the expression.
 
-Batch-first: N jobs run at once and are strangers to each other. Each owns its parameters,
-its Adam moments and its random draws, so job k alone gives what job k gives in a batch.
+Batch-first: N jobs run at once and are strangers to each other. Row k of every tensor is job
+k's: its parameters, its Adam moments, its random draws, its place in the schedule. So job k alone
+gives what job k gives in a batch, and a step is the same few operations whatever N: on a GPU one
+CUDA graph (`context.acceleration.graphs`), which is replayed with new numbers at every step.
 Source: the projector of StyleGAN2 (arXiv 1912.04958, appendix D) with the landmark term
 of L. Uzolas, "Facial landmark projection without training" (2021).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lmexp import adam
+from lmexp.draws import Draws
 from lmexp.errors import LmexpError
 from lmexp.latents import Latents, draw_normal, expand
 from lmexp.losses.objective import Losses, Objective
 from lmexp.losses.protocol import Candidate, Context
 from lmexp.schedule import Schedule
 
+log = logging.getLogger("lmexp")
+
 State = dict[str, Tensor]
 """One job's parameters and Adam moments, all that a resumed run needs beside the step."""
+
+_WARM_UP = 3
+"""Steps taken one operation at a time before a CUDA graph is captured: what they compile, choose
+and allocate must not happen within it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Step:
         step: 0-based index of the step that was just taken.
         learning_rates: per job, the one it was taken with.
         losses: of the images before the step was taken.
-        candidate: those images and latents, detached from nothing: do not keep it.
+        candidate: those images and latents; the next step may overwrite them.
         alive: per job, False once its losses or gradients have stopped being finite. A
             dead job stays at its last good latents and takes no further step.
         finished: per job, True if it had taken its last step before this one, after a plateau.
@@ -75,122 +87,53 @@ def project(
     Returns:
         The latents after the last step, [N, ...] as `start`.
     """
-    jobs = [
-        _Job(start, k, schedule, moves, resume[k] if resume else None) for k in range(len(seeds))
-    ]
-    optimizer = torch.optim.Adam(
-        [{"params": job.parameters} for job in jobs],
-        lr=schedule.learning_rate,
-        betas=(schedule.beta1, schedule.beta2),
-        foreach=True,
-    )
-    for job in jobs:
-        job.restore_moments(optimizer)
-    alive = [not (resume and "dead" in resume[k]) for k in range(len(jobs))]
+    jobs = [_Job(schedule, resume[k] if resume else None) for k in range(len(seeds))]
+    batch = _Batch(context, objective, start, schedule, seeds, moves)
+    if resume is not None:
+        batch.restore(resume)
+    take = _Replay(batch, start.ws.device) if context.acceleration.graphs else batch.take
 
     for step in range(first_step, schedule.steps):
-        finished = [job.position(step) >= schedule.steps for job in jobs]
-        if all(done or not lives for done, lives in zip(finished, alive, strict=True)):
+        positions = [job.position(step) for job in jobs]
+        finished = [position >= schedule.steps for position in positions]
+        moving = [job.alive and not done for job, done in zip(jobs, finished, strict=True)]
+        if not any(moving):
             break
-        rates = [schedule.learning_rate_at(job.position(step)) for job in jobs]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-        latents = _stack(jobs)
-        noise = torch.stack(
-            [
-                draw_normal(job.ws.shape, seed, "w", step)
-                for job, seed in zip(jobs, seeds, strict=True)
-            ]
-        )
-        scale = latents.ws.new_tensor(
-            [
-                [[schedule.noise_at(job.position(step)) * context.latent_statistics.w_std]]
-                for job in jobs
-            ]
-        )
-        if moves is not None:
-            scale = scale * moves
-        ws = expand(latents.ws + scale * noise.to(latents.ws), context.generator.num_ws)
-        candidate = Candidate(
-            images=context.generator.synthesis(ws, latents.noise_bufs),
-            ws=expand(latents.ws, context.generator.num_ws),
-            noise_bufs=latents.noise_bufs,
-            step=step,
-            heatmap_network=context.heatmap_network,
-            seeds=tuple(seeds),
-        )
-        # A job's jump to the ramp-down comes after this ramp, so the factor is that of all.
-        losses = objective(candidate, schedule.landmark_factor_at(step))
-        if not losses.total.requires_grad:
-            raise LmexpError(
-                f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.sum().backward()  # type: ignore[no-untyped-call]
-
-        totals, finite = _read(losses.total, jobs)
+        batch.stage(step, positions, moving)
+        losses, candidate = take(step)
+        if step + 1 < schedule.steps:
+            batch.draws.prepare(step + 1)  # while the device is at work
+        totals, broken = batch.read()
         for k, job in enumerate(jobs):
-            if alive[k] and not finished[k] and not finite[k]:
-                alive[k] = False
-                job.return_to_last_good()
-            if alive[k] and not finished[k]:
-                job.remember()
-            else:
-                job.forget_gradients()  # Adam passes over parameters without a gradient
-        optimizer.step()
-        for k, job in enumerate(jobs):
-            if alive[k] and not finished[k]:
-                job.normalise_noise()
+            if moving[k] and broken[k]:
+                job.alive = False
+            elif moving[k]:
+                batch.counts[k] += 1
                 job.watch_for_plateau(step, totals[k])
         if callback is not None:
             callback(
                 Step(
                     step,
-                    tuple(rates),
+                    tuple(schedule.learning_rate_at(position) for position in positions),
                     losses,
                     candidate,
-                    tuple(alive),
+                    tuple(job.alive for job in jobs),
                     tuple(finished),
-                    lambda k: jobs[k].state(optimizer),
+                    lambda k: batch.state(k) | jobs[k].state(),
                 )
             )
-
-    with torch.no_grad():
-        return _stack(jobs)
+    return batch.latents()
 
 
 class _Job:
-    """One job's own: its latents, its noise maps, its place in the schedule."""
+    """One job's place in the schedule."""
 
-    def __init__(
-        self,
-        start: Latents,
-        k: int,
-        schedule: Schedule,
-        moves: Tensor | None,
-        resume: State | None,
-    ) -> None:
-        values = [start.ws[k], *(noise[k] for noise in start.noise_bufs)]
-        if resume is not None:
-            values = [resume[f"parameter_{i}"].to(value) for i, value in enumerate(values)]
-        self.parameters = [value.detach().clone().requires_grad_() for value in values]
-        self._resume = resume
-        self._last_good = [parameter.detach().clone() for parameter in self.parameters]
-        if moves is not None:  # Adam leaves in place whatever has never had a gradient but 0
-            self.ws.register_hook(lambda gradient: gradient * moves)  # type: ignore[no-untyped-call]
+    def __init__(self, schedule: Schedule, resume: State | None) -> None:
+        self.alive = not (resume and "dead" in resume)
         self._schedule = schedule
         watched = resume if schedule.patience is not None else None
         self._totals: list[float] = watched["totals"].tolist() if watched else []
         self._skipped = int(watched["skipped"]) if watched else 0
-
-    @property
-    def ws(self) -> Tensor:
-        return self.parameters[0]
-
-    @property
-    def noise_maps(self) -> list[Tensor]:
-        return self.parameters[1:]
 
     def position(self, step: int) -> int:
         """Where in the schedule the job takes `step`: a plateau lets it skip some."""
@@ -205,68 +148,260 @@ class _Job:
         if coming < schedule.rampdown_at and schedule.is_plateau(self._totals):
             self._skipped = schedule.rampdown_at - coming
 
-    def restore_moments(self, optimizer: torch.optim.Adam) -> None:
-        if self._resume is None:
-            return
-        for i, parameter in enumerate(self.parameters):
-            names = ("exp_avg", "exp_avg_sq", "step")
-            if f"step_{i}" not in self._resume:  # it has never taken a step
-                continue
-            moments = {name: self._resume[f"{name}_{i}"].clone() for name in names}
-            optimizer.state[parameter] = {
-                name: value if name == "step" else value.to(parameter)
-                for name, value in moments.items()
-            }
-        self._resume = None
+    def state(self) -> State:
+        if self._schedule.patience is None:
+            return {}
+        return {
+            "totals": torch.tensor(self._totals, dtype=torch.float64),
+            "skipped": torch.tensor(self._skipped),
+        }
 
-    def state(self, optimizer: torch.optim.Adam) -> State:
+
+class _Batch:
+    """What a step reads and writes, in tensors that stay in place; row k is job k's.
+
+    Attributes:
+        draws: the steps' random numbers.
+        counts: steps that each job has taken.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        objective: Objective,
+        start: Latents,
+        schedule: Schedule,
+        seeds: Sequence[int],
+        moves: Tensor | None,
+    ) -> None:
+        ws = start.ws
+        self._context = context
+        self._objective = objective
+        self._schedule = schedule
+        self._moves = moves
+        values = [value.detach() for value in (ws, *start.noise_bufs)]
+        self._parameters = [_Parameter(value, context, schedule) for value in values]
+        self.draws = Draws(seeds, ws.device)
+        self.counts = [0] * len(seeds)
+        self._numbers = ws.new_zeros(len(_Numbers.__annotations__), len(seeds))
+        self._report = ws.new_zeros(2, len(seeds))
+
+    def restore(self, states: Sequence[State]) -> None:
+        """Go on from each job's state."""
+        for k, state in enumerate(states):
+            for i, parameter in enumerate(self._parameters):
+                parameter.restore(k, {name: state.get(f"{name}_{i}") for name in _SAVED})
+            # A job that has never taken a step has no moments.
+            self.counts[k] = int(state.get("step_0", 0))
+
+    def state(self, k: int) -> State:
+        """Job k's, as copies on the CPU."""
         state: State = {}
-        for i, parameter in enumerate(self.parameters):
-            state[f"parameter_{i}"] = parameter.detach().cpu().clone()
-            for name, value in optimizer.state[parameter].items():
-                state[f"{name}_{i}"] = value.detach().cpu().clone()
-        if self._schedule.patience is not None:
-            state["totals"] = torch.tensor(self._totals, dtype=torch.float64)
-            state["skipped"] = torch.tensor(self._skipped)
+        for i, parameter in enumerate(self._parameters):
+            for name, value in parameter.row(k).items():
+                if name == "parameter" or self.counts[k]:
+                    state[f"{name}_{i}"] = value.cpu().clone()
+            if self.counts[k]:
+                state[f"step_{i}"] = torch.tensor(float(self.counts[k]))
         return state
 
-    def remember(self) -> None:
+    def latents(self) -> Latents:
+        """Where the jobs are, as copies."""
+        ws, *noise_bufs = (parameter.value.clone() for parameter in self._parameters)
+        return Latents(ws=ws, noise_bufs=tuple(noise_bufs))
+
+    def stage(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> None:
+        """Bring a step's numbers to the device."""
+        schedule, w_std = self._schedule, self._context.latent_statistics.w_std
+        rows = []
+        for k, position in enumerate(positions):
+            rate = schedule.learning_rate_at(position) if moving[k] else 0.0
+            size, root = adam.step_sizes(rate, self.counts[k] + 1, schedule.beta1, schedule.beta2)
+            noise = schedule.noise_at(position) * w_std
+            # A job's jump to the ramp-down comes after this ramp, so the factor is that of all.
+            factor = schedule.landmark_factor_at(step)
+            rows.append(_Numbers(noise, size, root, float(moving[k]), factor))
+        self._numbers.copy_(torch.tensor(rows, dtype=torch.float64).T)
+        self.draws.move_to(step)
+
+    def take(self, step: int) -> tuple[Losses, Candidate]:
+        """One step on the device; nothing in here waits for it."""
+        context, numbers = self._context, _Numbers(*self._numbers)
+        leaves = [p.value.clone().requires_grad_() for p in self._parameters]
+        latents = Latents(ws=leaves[0], noise_bufs=tuple(leaves[1:]))
+        rendered = latents.ws
+        if self._schedule.noise_factor:
+            scale = numbers.noise[:, None, None]
+            scale = scale if self._moves is None else scale * self._moves
+            rendered = latents.ws + scale * self.draws.get("w", self._draw_noise)
+        candidate = Candidate(
+            images=context.generator.synthesis(
+                expand(rendered, context.generator.num_ws), latents.noise_bufs
+            ),
+            ws=expand(latents.ws, context.generator.num_ws),
+            noise_bufs=latents.noise_bufs,
+            step=step,
+            heatmap_network=context.heatmap_network,
+            seeds=self.draws.seeds,
+            draws=self.draws,
+        )
+        staged = self._schedule.landmark_factor != 1
+        losses = self._objective(candidate, numbers.landmark_factor if staged else 1.0)
+        if not losses.total.requires_grad:
+            raise LmexpError(
+                f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised"
+            )
+        found = torch.autograd.grad(losses.total.sum(), leaves, allow_unused=True)
         with torch.no_grad():
-            for kept, parameter in zip(self._last_good, self.parameters, strict=True):
-                kept.copy_(parameter)
+            gradients = [
+                torch.zeros_like(leaf) if gradient is None else gradient
+                for leaf, gradient in zip(leaves, found, strict=True)
+            ]
+            if self._moves is not None:  # Adam leaves in place whose gradient was never but 0
+                gradients[0] = gradients[0] * self._moves
+            broken = adam.any_not_finite([losses.total, *gradients])
+            for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                parameter.advance(gradient, numbers, broken)
+            self._report.copy_(torch.stack([losses.total, broken.to(losses.total)]))
+        return losses, candidate
 
-    def return_to_last_good(self) -> None:
-        with torch.no_grad():
-            for kept, parameter in zip(self._last_good, self.parameters, strict=True):
-                parameter.copy_(kept)
+    def read(self) -> tuple[list[float], list[bool]]:
+        """Per job: the last step's loss, and whether that or a gradient was not finite."""
+        totals, broken = self._report.tolist()
+        return totals, [value != 0 for value in broken]
 
-    def forget_gradients(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def normalise_noise(self) -> None:
-        """Zero mean and unit variance, so that the noise stays noise (appendix D)."""
-        with torch.no_grad():
-            for noise in self.noise_maps:
-                noise -= noise.mean()
-                noise *= noise.square().mean().rsqrt()
-
-
-def _stack(jobs: Sequence[_Job]) -> Latents:
-    """The jobs' parameters as one batch."""
-    rows = list(zip(*(job.parameters for job in jobs), strict=True))
-    ws, *noise_bufs = (torch.stack(parameters) for parameters in rows)
-    return Latents(ws=ws, noise_bufs=tuple(noise_bufs))
+    def _draw_noise(self, step: int) -> Tensor:
+        shape = self._parameters[0].value.shape
+        if self._schedule.noise_at(step) == 0:  # and so it is at every later position
+            return torch.zeros(shape)
+        return torch.stack([draw_normal(shape[1:], seed, "w", step) for seed in self.draws.seeds])
 
 
-def _read(total: Tensor, jobs: Sequence[_Job]) -> tuple[list[float], list[bool]]:
-    """Per job: its loss, and whether that and all gradients are finite; one transfer."""
-    gradients = torch.stack(
-        [
-            torch.stack([p.grad.sum() for p in job.parameters if p.grad is not None]).sum()
-            for job in jobs
-        ]
-    )
-    totals, sums = torch.stack([total.detach().to(gradients), gradients]).tolist()
-    finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(totals, sums, strict=True)]
-    return totals, finite
+class _Numbers(NamedTuple):
+    """A step's numbers, each [N]: the host computes them, the device reads them."""
+
+    noise: Any
+    """Standard deviation of the exploration noise."""
+    size: Any
+    root: Any
+    """See `adam.step_sizes`."""
+    moving: Any
+    """1 for a job that takes the step, 0 for one that has died or finished."""
+    landmark_factor: Any
+
+
+_SAVED = ("parameter", "exp_avg", "exp_avg_sq")
+"""A parameter's tensors in a `State`, by the names that torch.optim.Adam gives them."""
+
+
+class _Parameter:
+    """One optimised tensor [N, …] and what Adam keeps beside it."""
+
+    def __init__(self, start: Tensor, context: Context, schedule: Schedule) -> None:
+        self.value = start.clone()
+        self._mean, self._square = torch.zeros_like(start), torch.zeros_like(start)
+        # Before the last step: where a job returns to whose step went wrong.
+        self._last_good = start.clone()
+        self._betas = (schedule.beta1, schedule.beta2)
+        # ws are [N, L, w_dim], noise maps [N, 1, h, w].
+        self._is_noise = start.ndim == 4
+        self._advance = context.acceleration.fuse(_advance)
+
+    def restore(self, k: int, saved: Mapping[str, Tensor | None]) -> None:
+        for place, name in zip((self.value, self._mean, self._square), _SAVED, strict=True):
+            value = saved[name]
+            if value is not None:
+                place[k] = value.to(place)
+        self._last_good[k] = self.value[k]
+
+    def row(self, k: int) -> dict[str, Tensor]:
+        tensors = (self.value, self._mean, self._square)
+        return {name: tensor[k] for name, tensor in zip(_SAVED, tensors, strict=True)}
+
+    def advance(self, gradient: Tensor, numbers: _Numbers, broken: Tensor) -> None:
+        moments = (self._mean, self._square)
+        args = (gradient, numbers.size, numbers.root, numbers.moving, broken)
+        self._advance(self.value, *moments, self._last_good, *args, self._betas, self._is_noise)
+
+
+def _advance(
+    value: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    last_good: Tensor,
+    gradient: Tensor,
+    size: Tensor,
+    root: Tensor,
+    moving: Tensor,
+    broken: Tensor,
+    betas: tuple[float, float],
+    is_noise: bool,
+) -> None:
+    """Adam's step in place, for each job that moves; one with a broken gradient goes back."""
+    rows = (-1,) + (1,) * (value.ndim - 1)
+    moves = (moving != 0) & ~broken
+    goes, returns = moves.view(rows), ((moving != 0) & broken).view(rows)
+    stepped, new_mean, new_square = adam.advance(value, gradient, mean, square, size, root, betas)
+    if is_noise:
+        # Zero mean and unit variance, so that the noise stays noise (appendix D).
+        stepped = stepped - stepped.mean((1, 2, 3), keepdim=True)
+        stepped = stepped * stepped.square().mean((1, 2, 3), keepdim=True).rsqrt()
+    stepped = torch.where(goes, stepped, torch.where(returns, last_good, value))
+    last_good.copy_(torch.where(goes, value, last_good))
+    value.copy_(stepped)
+    mean.copy_(torch.where(goes, new_mean, mean))
+    square.copy_(torch.where(goes, new_square, square))
+
+
+class _Replay:
+    """Takes steps by replaying a CUDA graph of one.
+
+    Terms that a graph cannot hold (they read numbers back, or draw on the CPU) are computed one
+    operation after the other, with a warning.
+    """
+
+    def __init__(self, batch: _Batch, device: torch.device) -> None:
+        self._batch = batch
+        self._device = device
+        self._left = _WARM_UP
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._captured: tuple[torch.cuda.CUDAGraph, Losses, Candidate] | None = None
+
+    def __call__(self, step: int) -> tuple[Losses, Candidate]:
+        with torch.cuda.device(self._device):
+            if self._left > 0:
+                self._left -= 1
+                return self._aside(step)
+            if self._captured is None and not self._capture(step):
+                return self._aside(step)
+            assert self._captured is not None
+            graph, losses, candidate = self._captured
+            graph.replay()
+            # Not the captured one itself: what it remembers of its images is the capture's.
+            return losses, replace(candidate, step=step)
+
+    def _aside(self, step: int) -> tuple[Losses, Candidate]:
+        """A step on another stream, as before a capture."""
+        here, aside = torch.cuda.current_stream(), self._stream
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            taken = self._batch.take(step)
+        here.wait_stream(aside)
+        return taken
+
+    def _capture(self, step: int) -> bool:
+        torch.cuda.empty_cache()  # the graph has a memory pool of its own
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                losses, candidate = self._batch.take(step)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            said = str(error).strip().partition("\n")[0]
+            log.warning("hardware.graphs: a step does not fit into one (%s); going without", said)
+            torch.cuda.synchronize()
+            self._left = sys.maxsize
+            return False
+        self._captured = (graph, losses, candidate)
+        return True

@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from lmexp import expression_map
+from lmexp.acceleration import Acceleration
 from lmexp.config import Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
 from lmexp.recording.progress import ProgressBar
+
+
+_HALF = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Workbench:
@@ -24,6 +28,9 @@ class Workbench:
         self._memory_format = (
             torch.channels_last if hardware.channels_last else torch.contiguous_format
         )
+        self.acceleration = Acceleration(
+            half=_HALF[hardware.precision], compile=hardware.compile, graphs=hardware.graphs
+        )
         self._built: dict[str, Any] = {}
 
     def context(self, config: Experiment) -> Context:
@@ -33,6 +40,10 @@ class Workbench:
             heatmap_network=self.module(config.landmarks),
             latent_statistics=self.statistics(config.generator, config.latent),
         )
+
+    def stepping_context(self, config: Experiment) -> Context:
+        """The context as a projection's steps use it, with what `hardware` makes faster."""
+        return self.context(config).accelerated(self.acceleration)
 
     def terms(self, config: Experiment) -> dict[str, Term]:
         return {name: self.component(spec) for name, spec in config.loss.items()}

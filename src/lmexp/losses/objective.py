@@ -64,14 +64,15 @@ class Objective:
     def names(self) -> tuple[str, ...]:
         return tuple(self._terms)
 
-    def __call__(self, candidate: Candidate, expression_factor: float = 1.0) -> Losses:
+    def __call__(self, candidate: Candidate, expression_factor: Tensor | float = 1.0) -> Losses:
         """One step's losses.
 
         Args:
-            expression_factor: ≥ 0, times the weights of the terms that need the expression.
+            expression_factor: ≥ 0, times the weights of the terms that need the expression;
+                a number or one per job.
         """
         raw = {name: term(candidate) for name, (term, _) in self._terms.items()}
         weighted = {name: raw[name] * weight for name, (_, weight) in self._terms.items()}
-        if expression_factor != 1:
+        if isinstance(expression_factor, Tensor) or expression_factor != 1:
             weighted |= {name: weighted[name] * expression_factor for name in self._of_expression}
         return Losses(raw=raw, weighted=weighted, total=torch.stack(list(weighted.values())).sum(0))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lmexp.acceleration import PLAIN, Acceleration
+from lmexp.draws import Draws
 from lmexp.generators.protocol import Generator
-from lmexp.landmarks.jitter import draw_views, look_through
+from lmexp.landmarks.jitter import look_through
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics
 
@@ -69,8 +70,10 @@ class Candidate:
         ws: [N, num_ws, w_dim], the latents that are optimised, without the ramped
             exploration noise that `images` were rendered with.
         noise_bufs: one [N, 1, h, w] per noise map of the generator.
-        step: 0-based index of the optimisation step.
+        step: 0-based index of the optimisation step. Within a CUDA graph terms are called once
+            for all steps: what is to change with them comes from `draws`.
         seeds: one per job; random views derive from them.
+        draws: the step's random numbers; None makes them from `seeds` and `step`.
     """
 
     images: Tensor
@@ -79,6 +82,7 @@ class Candidate:
     step: int
     heatmap_network: HeatmapNetwork = field(repr=False)
     seeds: tuple[int, ...] = ()
+    draws: Draws | None = field(default=None, repr=False)
     _seen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
@@ -99,7 +103,8 @@ class Candidate:
             Two [N, 68, 64, 64]; the second needs no gradient.
         """
         if jitter not in self._seen:
-            views = draw_views(jitter, self.seeds, self.step)
+            draws = self.draws or Draws(self.seeds, self.images.device, self.step)
+            views = draws.views(jitter)
             with torch.no_grad():
                 wanted = self.heatmap_network(look_through(expression, views))
             self._seen[jitter] = (self.heatmap_network(look_through(self.images, views)), wanted)
