@@ -5,9 +5,11 @@
     python scripts/compare_recipes.py --out OUT --recipes default 'stiff=loss.prior.weight=0.2'
     python scripts/compare_recipes.py --out OUT --common hardware=cuda --no-scores
     python scripts/compare_recipes.py --out OUT --score-only          # later, or elsewhere
+    python scripts/compare_recipes.py --out OUT --seconds 300         # as far as that reaches
 
 A recipe is a list of the overrides that `python -m lmexp` takes. Every recipe meets every pair, as
-batches; what is finished is not run again, so the same command goes on where it was stopped.
+batches, in the order in which recipes are named (those that differ in weights alone share theirs);
+what is finished is not run again, so the same command goes on where it was stopped.
 OUT gets table.md, table.csv (means, medians, shares of the baselines, failures), scores.csv (every
 run), table.json (all of it with versions, device, commands), sheet.png (a row a pair: look,
 expression, inversion, then each recipe) and index.json, which `python -m lmexp.figures OUT` reads.
@@ -24,8 +26,10 @@ import logging
 import random
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +42,16 @@ from PIL import Image, ImageDraw, ImageFont
 from lmexp.composition import conf_folder, explain
 from lmexp.config import Experiment, validate
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Request
 from lmexp.metrics.__main__ import build_scores
 from lmexp.metrics.rescoring import Rescorer
 from lmexp.metrics.table import COLUMNS, Row, ScoredRun, flatten, tabulate, write_markdown
 from lmexp.recording import provenance
+from lmexp.recording.atomic_file import write_atomically
 from lmexp.recording.images import resize
 from lmexp.recording.run_folder import RunFolder
-from lmexp.runner import Request, run
+from lmexp.runner import run
+from lmexp.stopping import StopRequest, listen
 
 HERE = Path(__file__).parent
 QUIET = ("tracker=none", "recording.video_frames=0")
@@ -75,6 +82,11 @@ class Job:
     state: str
     reason: str
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether its turn has not come, or it was stopped: no verdict on its recipe."""
+        return self.state in ("waiting", "interrupted")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
@@ -85,17 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             jobs = read_index(args.out)
         else:
             recipes = choose_recipes(args.recipes, args.recipes_file)
-            jobs = run_all(recipes, choose_pairs(args), args.common, args.out, args.no_scores)
-            write_index(args.out, jobs)
+            jobs = run_all(recipes, choose_pairs(args), args.common, args.out, args.seconds)
         if not args.no_scores:
-            score(jobs, args.out, again=args.score_only)
-        rows = write_tables(jobs, args.out)
+            score(jobs, args.out, args.scores, again=args.score_only)
+        rows = write_tables(jobs, args.out, args.inversion_of)
     except LmexpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in write_sheets(jobs, args.out, args.side):
         print(path)
     print(write_markdown(rows))
+    if unfinished := sum(job.unfinished for job in jobs):
+        print(f"{unfinished} of {len(jobs)} jobs are left; the same command goes on with them")
     return 1 if any(job.reason for job in jobs) else 0
 
 
@@ -124,6 +137,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--no-scores", action="store_true", help="run only; score later with --score-only")
     add("--score-only", action="store_true", help="run nothing: score the runs in --out again")
+    add("--seconds", type=float, help="stop after so long, between two steps; keep what is done")
+    add(
+        "--scores",
+        default="independent",
+        help="a choice of conf/scores: independent, or faces, which leaves LPIPS out",
+    )
+    add(
+        "--inversion-of",
+        metavar="RECIPE",
+        help="whose inversions identity is held against (default: the first recipe that has any)",
+    )
     add("--side", type=int, default=192, help="side of a picture in the sheet, px")
     args = parser.parse_args(arguments)
     if bool(args.looks) != bool(args.expressions):
@@ -201,9 +225,12 @@ def run_all(
     pairs: Sequence[Pair],
     common: Sequence[str],
     out: Path,
-    no_scores: bool,
+    seconds: float | None = None,
 ) -> list[Job]:
-    """Run every recipe on every pair that is not done yet.
+    """Run every recipe on every pair that is not done yet, and keep index.json up to date.
+
+    Args:
+        seconds: after so long no further step is taken; None: none is missing at the end.
 
     Raises:
         LmexpError: a recipe does not compose; nothing has been started then.
@@ -214,20 +241,42 @@ def run_all(
         for name, overrides in recipes.items()
         for pair in pairs
     ]
-    outcomes = run(
-        [Request(config, (name,)) for name, _, _, config in plan], out / "runs", out.name
-    )
-    return [
-        Job(
-            recipe=name,
-            overrides=(*overrides, *common),
-            pair=pair,
+    jobs = [
+        Job(name, (*overrides, *common), pair, None, "waiting", "its turn has not come")
+        for name, overrides, pair, _ in plan
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+
+    def settle(place: int, outcome: Outcome) -> None:
+        jobs[place] = replace(
+            jobs[place],
             folder=None if outcome.folder is None else f"runs/{outcome.folder.name}",
             state=outcome.state,
             reason="" if outcome.summary else outcome.reason,
         )
-        for (name, overrides, pair, _), outcome in zip(plan, outcomes, strict=True)
-    ]
+        write_index(out, jobs)
+
+    # The recipe's overrides go into the summary, where the figures find the line to copy.
+    requests = [Request(config, (name, *overrides)) for name, overrides, _, config in plan]
+    with _limit(seconds) as stop:
+        run(requests, out / "runs", out.name, stop=stop, settle=settle)
+    return jobs
+
+
+@contextmanager
+def _limit(seconds: float | None) -> Iterator[StopRequest]:
+    """A request to stop that comes by Ctrl-C, or of itself after some time."""
+    with listen() as stop:
+        if seconds is None:
+            yield stop
+            return
+        timer = threading.Timer(seconds, stop.ask)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield stop
+        finally:
+            timer.cancel()
 
 
 def _compose(overrides: Sequence[str], pair: Pair, out: Path) -> Experiment:
@@ -244,11 +293,17 @@ def _compose(overrides: Sequence[str], pair: Pair, out: Path) -> Experiment:
         raise LmexpError(explain(error)) from error
 
 
-def score(jobs: Sequence[Job], out: Path, *, again: bool) -> None:
-    """Score the runs in their folders: those without scores, or all of them `again`."""
-    rescorer = Rescorer(build_scores())
-    for folder in dict.fromkeys(job.folder for job in jobs if job.folder and not job.reason):
-        found = RunFolder(out / folder)
+def score(jobs: Sequence[Job], out: Path, choice: str, *, again: bool) -> None:
+    """Score the runs in their folders: those without scores, or all of them `again`.
+
+    Pair by pair: what the judges know of a pair's photos then serves all of its runs.
+    """
+    rescorer = Rescorer(build_scores(choice))
+    pairs = list(dict.fromkeys(job.pair for job in jobs))
+    done = [job for job in jobs if job.folder and not job.reason]
+    done.sort(key=lambda job: pairs.index(job.pair))
+    for folder in dict.fromkeys(job.folder for job in done):
+        found = RunFolder(out / str(folder))
         if again or not found.read_summary().get("scores"):
             rescorer.rescore(found)
 
@@ -270,8 +325,9 @@ def write_index(out: Path, jobs: Sequence[Job]) -> None:
         }
         for job in jobs
     ]
-    path = out / "index.json"
-    path.write_text(json.dumps({"name": out.name, "jobs": entries}, indent=2) + "\n")
+    index = {"name": out.name, "jobs": entries}
+    data = (json.dumps(index, indent=2) + "\n").encode()
+    write_atomically(out / "index.json", data, durable=False)
 
 
 def read_index(out: Path) -> list[Job]:
@@ -302,8 +358,18 @@ def read_index(out: Path) -> list[Job]:
         raise LmexpError(f"{path}: damaged ({error}); run the same command again") from error
 
 
-def write_tables(jobs: Sequence[Job], out: Path) -> list[Row]:
-    """table.md, table.csv, scores.csv and table.json."""
+def write_tables(jobs: Sequence[Job], out: Path, inversion_of: str | None = None) -> list[Row]:
+    """table.md, table.csv, scores.csv and table.json; of jobs whose turn has come.
+
+    Raises:
+        LmexpError: there is no recipe `inversion_of`.
+    """
+    if inversion_of is not None and inversion_of not in {job.recipe for job in jobs}:
+        raise LmexpError(
+            f"--inversion-of {inversion_of}: no such recipe here; choices: "
+            f"{', '.join(dict.fromkeys(job.recipe for job in jobs))}"
+        )
+    jobs = [job for job in jobs if not job.unfinished]
     summaries = {
         job.folder: RunFolder(out / job.folder).read_summary()
         for job in jobs
@@ -318,7 +384,7 @@ def write_tables(jobs: Sequence[Job], out: Path) -> list[Row]:
         )
         for job in jobs
     ]
-    rows = tabulate(scored)
+    rows = tabulate(scored, inversion_of)
     (out / "table.md").write_text(write_markdown(rows))
     _write_csv(out / "table.csv", (_plain_row(row) for row in rows))
     _write_csv(

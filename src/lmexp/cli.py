@@ -17,8 +17,9 @@ from lmexp.composition import conf_folder, explain
 from lmexp.config import validate
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
+from lmexp.jobs import Request
 from lmexp.report import exit_code, print_outcomes
-from lmexp.runner import Request, run
+from lmexp.runner import run
 
 
 def main() -> None:

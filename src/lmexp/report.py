@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lmexp.runner import Outcome
+from lmexp.jobs import Outcome
 
 COMMAND_TO_GO_ON = "run the same command again to go on"
 

@@ -8,12 +8,11 @@ the others alone. The same jobs again finish what is unfinished and skip what is
 from __future__ import annotations
 
 import logging
-import os
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +24,10 @@ from lmexp.config import Experiment, Optimizer, digest
 from lmexp.errors import LmexpError
 from lmexp.faces.agreement import lay_over
 from lmexp.faces.targets import AlignedFace, align_photo
+from lmexp.follower import Follower
 from lmexp.inputs import Source
 from lmexp.inversion import InversionStore, invert
+from lmexp.jobs import Job, Outcome, Request, Settle, open_jobs
 from lmexp.landmarks import groups
 from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.protocol import HeatmapNetwork
@@ -36,15 +37,13 @@ from lmexp.losses.protocol import Context, Targets
 from lmexp.metrics.nme import nme
 from lmexp.metrics.protocol import Exhibits
 from lmexp.metrics.report import report_scores
-from lmexp.projection import State, Step, project
+from lmexp.projection import project
 from lmexp.recording import provenance
 from lmexp.recording.atomic_file import DiskFullError
 from lmexp.recording.images import to_picture
 from lmexp.recording.progress import ProgressBar, job_title
-from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
-from lmexp.recording.tracker import Job as TrackedJob
-from lmexp.recording.tracker import NoTracker, Tracker
+from lmexp.recording.tracker import Tracker
 from lmexp.schedule import Schedule
 from lmexp.starts import Starts
 from lmexp.stopping import Interrupted, StopRequest, listen
@@ -53,87 +52,6 @@ from lmexp.workbench import Workbench
 log = logging.getLogger("lmexp")
 TRUNCATION = 0.7
 """ψ of generated input faces: nearer to the mean, hence cleaner (arXiv 1812.04948, appendix B)."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """One job as it was asked for: its config, and the overrides that tell it from others."""
-
-    config: Experiment
-    overrides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one job.
-
-    Attributes:
-        state: "skipped" if an earlier run had finished it.
-        reason: why it failed or was interrupted, else empty.
-        folder: None if the job could not even be named (a missing photo, say).
-    """
-
-    request: Request
-    state: Literal["finished", "skipped", "failed", "interrupted"]
-    folder: Path | None = None
-    reason: str = ""
-    summary: dict[str, Any] | None = None
-
-
-Settle = Callable[[int, Outcome], None]
-"""Told what became of a request, by its place among the requests, as soon as it is known."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is left to do of some requests, and what is done together.
-
-    Attributes:
-        settled: what needs no work: finished by an earlier run, or impossible; by place.
-        batches: places of the requests that are projected together.
-        twins: place of a request -> place of the earlier request that is the same job.
-        folders: where each request's results are or will be, by place.
-    """
-
-    settled: dict[int, Outcome]
-    batches: list[tuple[int, ...]]
-    twins: dict[int, int]
-    folders: dict[int, Path]
-
-
-@dataclass
-class _Job:
-    """A job on its way: what it was asked for, its folder, its aligned faces."""
-
-    request: Request
-    look: Source
-    expression: Source
-    run_id: str
-    folder: Path
-    recorder: Recorder
-    faces: tuple[AlignedFace, AlignedFace] | None = None
-    first_step: int = 0
-    state: State | None = None
-
-    @property
-    def config(self) -> Experiment:
-        return self.request.config
-
-    @property
-    def label(self) -> str:
-        return f"{self.look.label}+{self.expression.label}"
-
-    def read_state(self) -> None:
-        """Find where an earlier, unfinished run was; the first step if it left nothing of use."""
-        self.first_step, self.state = 0, None
-        try:
-            saved = self.recorder.load_state()
-        except LmexpError as error:
-            log.warning("%s; the job starts again from its first step", error)
-            return
-        if saved is not None:
-            self.first_step, state = saved
-            self.state = {k: value for k, value in state.items() if isinstance(value, Tensor)}
 
 
 def run(
@@ -184,101 +102,6 @@ def run(
         return session.run(requests, take_over)
 
 
-def plan(
-    requests: Sequence[Request], root: Path, *, workers: int = 1, take_over: bool = False
-) -> Plan:
-    """What `run` would do, without doing it; nothing is written.
-
-    Args:
-        workers: how many batches can run at a time; jobs are shared out among them.
-    """
-    return _plan(requests, root, None, NoTracker(), workers, take_over)[0]
-
-
-def _plan(
-    requests: Sequence[Request],
-    root: Path,
-    sweep: str | None,
-    tracker: Tracker,
-    workers: int,
-    take_over: bool,
-) -> tuple[Plan, dict[int, _Job]]:
-    made = Plan({}, [], {}, {})
-    jobs: dict[int, _Job] = {}
-    groups: dict[str, list[int]] = defaultdict(list)
-    seen: dict[str, int] = {}
-    for index, request in enumerate(requests):
-        try:
-            job = _open(request, root, sweep, tracker)
-        except LmexpError as error:
-            made.settled[index] = Outcome(request, "failed", reason=str(error))
-            continue
-        made.folders[index] = job.folder
-        if job.run_id in seen:
-            made.twins[index] = seen[job.run_id]
-            continue
-        seen[job.run_id] = index
-        if outcome := _known(job, take_over):
-            made.settled[index] = outcome
-            continue
-        jobs[index] = job
-        groups[f"{job.config.batch_key()}@{job.first_step}"].append(index)
-    for members in groups.values():
-        # No worker is idle while another has two jobs of a kind.
-        share = -(-len(members) // workers)
-        config = jobs[members[0]].config
-        size = max(1, min(config.hardware.batch_size // config.latent.starts, share))
-        made.batches.extend(
-            tuple(members[start : start + size]) for start in range(0, len(members), size)
-        )
-    return made, jobs
-
-
-def _open(request: Request, root: Path, sweep: str | None, tracker: Tracker) -> _Job:
-    """Name a job and find what is left of an earlier run."""
-    config = request.config
-    look = inputs.find(config.inputs.look, "inputs.look")
-    expression = inputs.find(config.inputs.expression, "inputs.expression")
-    run_id = config.identity({"look": look.digest, "expression": expression.digest})
-    folder = root / f"{look.label}+{expression.label}-{run_id}"
-    recorder = Recorder(
-        TrackedJob(
-            folder=folder,
-            run_id=run_id,
-            # In a sweep, what tells this job from the others; it names the tracked run.
-            label=" ".join((f"{look.label}+{expression.label}", *request.overrides)),
-            group=sweep,
-            config=config.plain(),
-        ),
-        tracker,
-        steps=config.optimizer.steps,
-        image_every=config.recording.image_every,
-        video_frames=config.recording.video_frames,
-    )
-    job = _Job(request, look, expression, run_id, folder, recorder)
-    job.read_state()
-    return job
-
-
-def _known(job: _Job, take_over: bool) -> Outcome | None:
-    """What became of the job in an earlier run, or in another process; None: to be run."""
-    folder = job.recorder.folder
-    try:
-        status = folder.read_status()
-        if status is not None and status.state == "finished":
-            summary = folder.read_summary()
-            reason = "an earlier run finished it"
-            return Outcome(job.request, "skipped", job.folder, reason, summary)
-    except LmexpError as error:
-        return Outcome(job.request, "failed", job.folder, str(error))
-    if status is None or take_over:
-        return None
-    if status.alive and status.pid != os.getpid():
-        reason = f"process {status.pid} on {status.host} is at work on it; wait for it to end"
-        return Outcome(job.request, "failed", job.folder, reason)
-    return None
-
-
 class _Session:
     """One call of `run`: what its jobs share."""
 
@@ -298,7 +121,7 @@ class _Session:
         self.tell: Settle | None = None
 
     def run(self, requests: Sequence[Request], take_over: bool) -> list[Outcome]:
-        made, jobs = _plan(requests, self.root, self.sweep, self.tracker, 1, take_over)
+        made, jobs = open_jobs(requests, self.root, self.sweep, self.tracker, 1, take_over)
         for index, twin in made.twins.items():
             log.info("job %d is the same as job %d; it runs once", index + 1, twin + 1)
         for index, outcome in made.settled.items():
@@ -318,7 +141,7 @@ class _Session:
 
     # -- one batch ------------------------------------------------------------------------
 
-    def _run_batch(self, members: Sequence[tuple[int, _Job]]) -> None:
+    def _run_batch(self, members: Sequence[tuple[int, Job]]) -> None:
         """Project jobs together; if that fails, in two halves, so the fault stays with its job."""
         if self.stop.requested:
             for index, job in members:
@@ -341,10 +164,10 @@ class _Session:
         except Exception as error:
             self._halve(self._left(members), error)
 
-    def _left(self, members: Sequence[tuple[int, _Job]]) -> list[tuple[int, _Job]]:
+    def _left(self, members: Sequence[tuple[int, Job]]) -> list[tuple[int, Job]]:
         return [(index, job) for index, job in members if index not in self.outcomes]
 
-    def _halve(self, left: Sequence[tuple[int, _Job]], fault: Exception | str) -> None:
+    def _halve(self, left: Sequence[tuple[int, Job]], fault: Exception | str) -> None:
         """Go on with fewer jobs at a time, from what they have saved; a lone job has failed."""
         if len(left) == 1:
             index, job = left[0]
@@ -358,14 +181,14 @@ class _Session:
             said = _one_line(fault)
             log.info("%d jobs failed together (%s); going on with %d", len(left), said, half)
         for part in (left[:half], left[half:]):
-            steps: dict[int, list[tuple[int, _Job]]] = defaultdict(list)
+            steps: dict[int, list[tuple[int, Job]]] = defaultdict(list)
             for index, job in part:
                 job.read_state()
                 steps[job.first_step].append((index, job))
             for members in steps.values():
                 self._run_batch(members)
 
-    def _fail(self, index: int, job: _Job, fault: Exception | str, step: int = 0) -> None:
+    def _fail(self, index: int, job: Job, fault: Exception | str, step: int = 0) -> None:
         """Settle a job as failed; an exception that nobody foresaw leaves its traceback too."""
         reason = str(fault)
         try:
@@ -378,8 +201,8 @@ class _Session:
         self.settle(index, Outcome(job.request, "failed", job.folder, reason))
 
     def _align(
-        self, members: Sequence[tuple[int, _Job]], context: Context
-    ) -> Iterator[tuple[int, _Job]]:
+        self, members: Sequence[tuple[int, Job]], context: Context
+    ) -> Iterator[tuple[int, Job]]:
         for index, job in members:
             try:
                 look = self._face(job.config, job.look, "look", context)
@@ -429,7 +252,7 @@ class _Session:
 
     # -- the stages -----------------------------------------------------------------------
 
-    def _project(self, members: Sequence[tuple[int, _Job]], context: Context) -> None:
+    def _project(self, members: Sequence[tuple[int, Job]], context: Context) -> None:
         jobs = [job for _, job in members]
         config = jobs[0].config
         began = time.monotonic()
@@ -462,6 +285,7 @@ class _Session:
         states = [state for job in jobs if job.state for state in starts.split(job.state)]
         title = job_title(self.done + 1, len(jobs), self.total)
         with ProgressBar(config.optimizer.steps, first_step=jobs[0].first_step, title=title) as bar:
+            follower = Follower(members, bar, self.outcomes, self.settle, self.stop)
             final = project(
                 context,
                 objective,
@@ -471,7 +295,7 @@ class _Session:
                 moves=moves,
                 first_step=jobs[0].first_step,
                 resume=states if len(states) == len(jobs) * starts.count else None,
-                callback=starts.follow(_Follower(members, self, bar)),
+                callback=starts.follow(follower),
             )
         final, chosen = starts.choose(
             objective,
@@ -484,7 +308,7 @@ class _Session:
 
     def _finish(
         self,
-        members: Sequence[tuple[int, _Job]],
+        members: Sequence[tuple[int, Job]],
         context: Context,
         targets: Targets,
         final: Latents,
@@ -573,7 +397,7 @@ class _Session:
         found = {name: getattr(term, "weights_sha256", None) for name, term in used.items()}
         return {f"loss.{name}": sha256 for name, sha256 in found.items() if sha256}
 
-    def _targets(self, jobs: Sequence[_Job]) -> Targets:
+    def _targets(self, jobs: Sequence[Job]) -> Targets:
         faces = [job.faces for job in jobs if job.faces is not None]
         looks, expressions = [pair[0] for pair in faces], [pair[1] for pair in faces]
         device = self.bench.device
@@ -588,7 +412,7 @@ class _Session:
             landmark_weights=torch.stack(weights).to(device),
         )
 
-    def _objective(self, jobs: Sequence[_Job], context: Context, targets: Targets) -> Objective:
+    def _objective(self, jobs: Sequence[Job], context: Context, targets: Targets) -> Objective:
         terms = self.bench.terms(jobs[0].config)
         weights = [
             {
@@ -600,7 +424,7 @@ class _Session:
         return Objective.bind(terms, weights, context, targets)
 
     def _start(
-        self, jobs: Sequence[_Job], context: Context, targets: Targets
+        self, jobs: Sequence[Job], context: Context, targets: Targets
     ) -> tuple[Latents, Tensor | None]:
         """Where each job starts, and the inversions' images [N, 3, R, R] if it starts there."""
         config = jobs[0].config
@@ -638,7 +462,7 @@ class _Session:
         return start, images
 
     def _head_start(
-        self, jobs: Sequence[_Job], context: Context, targets: Targets, start: Latents
+        self, jobs: Sequence[Job], context: Context, targets: Targets, start: Latents
     ) -> Latents:
         """The inversions, part of the way to their expressions already."""
         latent = jobs[0].config.latent
@@ -666,7 +490,7 @@ class _Session:
         return replace(start, ws=ws)
 
     def _look_objective(
-        self, jobs: Sequence[_Job], rows: Sequence[int], context: Context, targets: Targets
+        self, jobs: Sequence[Job], rows: Sequence[int], context: Context, targets: Targets
     ) -> Objective:
         """The objective of some jobs' looks alone."""
         chosen = list(rows)
@@ -679,7 +503,7 @@ class _Session:
             )
         return objective
 
-    def _inversion_key(self, job: _Job) -> str:
+    def _inversion_key(self, job: Job) -> str:
         """Equal for jobs whose looks are inverted in the same way: one inversion serves them."""
         plain = job.config.by_content()
         terms = self.bench.terms(job.config)
@@ -695,103 +519,6 @@ class _Session:
         return digest(
             [*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")]
         )
-
-
-class _Follower:
-    """Hands every step of a batch to its recorders, saves states, answers a request to stop."""
-
-    def __init__(
-        self, members: Sequence[tuple[int, _Job]], session: _Session, bar: ProgressBar
-    ) -> None:
-        self._members = members
-        self._session = session
-        self._bar = bar
-        self._saved_at = time.monotonic()
-
-    def __call__(self, step: Step) -> None:
-        numbers = _read_losses(step)
-        for k, (index, job) in enumerate(self._members):
-            if index in self._session.outcomes or step.finished[k]:
-                continue
-            raw, weighted, total = numbers[k]
-            if not step.alive[k]:
-                self._bury(index, job, step, k, raw)
-                continue
-            self._record(job, step, k, raw, weighted, total)
-        means = {
-            name: sum(job[1][name] for job in numbers) / len(numbers) for name in numbers[0][1]
-        }
-        self._bar.update(step.step, means)
-        self._save_or_stop(step)
-
-    def _record(
-        self,
-        job: _Job,
-        step: Step,
-        k: int,
-        raw: dict[str, float],
-        weighted: dict[str, float],
-        total: float,
-    ) -> None:
-        image = landmarks = None
-        if job.recorder.wants_image(step.step):
-            image = step.candidate.images[k].detach()
-            with torch.no_grad():
-                heatmaps = step.candidate.heatmaps[k : k + 1].detach()
-                landmarks = decode(heatmaps, image.shape[-1])[0]
-        job.recorder.record_step(
-            step.step,
-            lr=step.learning_rates[k],
-            loss=total,
-            raw=raw,
-            weighted=weighted,
-            image=image,
-            landmarks=landmarks,
-        )
-
-    def _bury(self, index: int, job: _Job, step: Step, k: int, raw: dict[str, float]) -> None:
-        bad = [name for name, value in raw.items() if value != value or abs(value) == float("inf")]
-        what = f"loss term {', '.join(bad)}" if bad else "a gradient"
-        reason = (
-            f"{what} stopped being finite at step {step.step}; the last good state is saved; "
-            "try a smaller optimizer.learning_rate or weight"
-        )
-        job.recorder.fail(reason, step=step.step, state=step.states(k))
-        self._session.settle(index, Outcome(job.request, "failed", job.folder, reason))
-
-    def _save_or_stop(self, step: Step) -> None:
-        stop = self._session.stop.requested
-        every = self._members[0][1].config.recording.save_every_seconds
-        if not stop and time.monotonic() - self._saved_at < every:
-            return
-        for k, (index, job) in enumerate(self._members):
-            if index in self._session.outcomes:
-                continue
-            if stop:
-                job.recorder.interrupt(step=step.step + 1, state=step.states(k))
-                reason = f"stopped after step {step.step + 1}; its state is saved"
-                self._session.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
-            else:
-                job.recorder.save_state(step.step + 1, step.states(k))
-        self._saved_at = time.monotonic()
-        if stop:
-            raise Interrupted
-
-
-def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], float]]:
-    """Per job: raw terms, weighted terms, total; one transfer from the device."""
-    names = list(step.losses.raw)
-    rows = [*step.losses.raw.values(), *step.losses.weighted.values(), step.losses.total]
-    table = torch.stack([row.detach() for row in rows]).T.tolist()
-    count = len(names)
-    return [
-        (
-            dict(zip(names, values[:count], strict=True)),
-            dict(zip(names, values[count:-1], strict=True)),
-            values[-1],
-        )
-        for values in table
-    ]
 
 
 def _last_step(folder: RunFolder) -> dict[str, Any]:

@@ -23,6 +23,8 @@ def test_a_plateau_ends_a_job_early(lmexp: CommandLine, monkeypatch: pytest.Monk
     metrics, summary = folder.read_metrics(), folder.read_summary()
     assert (summary["steps"], summary["steps_taken"]) == (40, ENDS_AT)
     assert [line["step"] for line in metrics] == list(range(ENDS_AT))
+    status = folder.read_status()
+    assert status is not None and status.describe() == f"finished after {ENDS_AT} steps"
     assert summary["losses"]["raw"] == metrics[-1]["raw"]
     assert metrics[-1]["lr"] < 0.05 * metrics[6]["lr"]  # it went down the ramp
     assert folder.video_path.exists()
@@ -50,6 +52,8 @@ def test_a_job_of_a_batch_that_has_ended_waits_for_the_other(
     assert len(set(taken)) == 2
     for one, other, steps in zip(both, whole, taken, strict=True):
         assert len(RunFolder(one).read_metrics()) == steps
+        statuses = [RunFolder(path).read_status() for path in (one, other)]
+        assert [status.step for status in statuses if status] == [steps, steps]
         assert_same_result(one, other)
 
 

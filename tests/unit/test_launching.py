@@ -13,6 +13,7 @@ import torch
 
 from lmexp.config import Hardware
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Request
 from lmexp.launching import worker, worker_processes
 from lmexp.launching.batch_launcher import build_engine
 from lmexp.launching.devices import Device, find_devices
@@ -21,7 +22,6 @@ from lmexp.launching.protocol import Batch
 from lmexp.launching.sweep import engine_here
 from lmexp.launching.worker_processes import WorkerProcesses, _Queue, _Worker, serve
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.runner import Outcome, Request
 from lmexp.stopping import StopRequest
 
 CONFIG: Any = None  # nothing here reads it

@@ -163,10 +163,10 @@ def test_status_tells_what_a_run_is_doing(folder: RunFolder) -> None:
     assert failed.describe() == "failed at step 4 of 10: loss is NaN at step 4"
     assert failed.started == running.started
     assert not failed.alive and not failed.killed
-    folder.write_status("finished", step=10, steps=10)
+    folder.write_status("finished", step=8, steps=10)
     finished = folder.read_status()
     assert finished is not None
-    assert finished.describe() == "finished after 10 steps"
+    assert finished.describe() == "finished after 8 steps"
 
 
 def test_a_run_of_another_host_is_alive_while_its_status_is_young(folder: RunFolder) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from lmexp.jobs import Outcome, Request
 from lmexp.landmarks.groups import GROUPS
 from lmexp.report import exit_code, print_outcomes
-from lmexp.runner import Outcome, Request
 
 CONFIG: Any = None  # a report reads the overrides only
 

@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from lmexp.config import Component, Hardware, digest, validate
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
+from lmexp.jobs import Outcome, Request
 from lmexp.launching.index import SweepIndex
 from lmexp.launching.protocol import Engine
 from lmexp.launching.sweep import command_again, engine_here, run_jobs
 from lmexp.recording.atomic_file import write_error
 from lmexp.report import exit_code, print_outcomes
-from lmexp.runner import Outcome, Request
 from lmexp.stopping import listen
 
 log = logging.getLogger("lmexp")

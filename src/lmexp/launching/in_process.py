@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Settle
 from lmexp.launching.protocol import Batch
 from lmexp.launching.worker import perform
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.runner import Outcome, Settle
 from lmexp.stopping import StopRequest
 
 

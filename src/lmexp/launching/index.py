@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Request
 from lmexp.recording.atomic_file import write_atomically
-from lmexp.runner import Outcome, Request
 
 log = logging.getLogger("lmexp")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lmexp.runner import Request, Settle
+from lmexp.jobs import Request, Settle
 from lmexp.stopping import StopRequest
 
 

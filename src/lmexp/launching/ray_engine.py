@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Settle
 from lmexp.launching.protocol import Batch
 from lmexp.launching.worker import perform_on_cluster
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.runner import Outcome, Settle
 from lmexp.stopping import StopRequest
 
 log = logging.getLogger("lmexp")

@@ -22,13 +22,16 @@ from pydantic import Field, ValidationError
 
 from lmexp.config import Schema, digest
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome
 from lmexp.launching.batch_launcher import build_engine, compose_job, conclude, make_folder
 from lmexp.launching.index import SweepIndex
 from lmexp.launching.sweep import command_again, run_jobs
 from lmexp.recording.atomic_file import write_atomically
 from lmexp.report import exit_code
-from lmexp.runner import Outcome
 from lmexp.stopping import StopRequest, listen
+
+_AT_ONCE = 16
+"""Jobs proposed at once to each worker at most: more learn too little from each other."""
 
 
 class Settings(Schema):
@@ -87,7 +90,7 @@ def search(
         raise LmexpError(f"{folder}: another process searches here; wait for it to end") from error
     with held, listen() as stop:
         study = _open(optuna, folder, checked)
-        at_once = checked.at_once or chosen.width() * experiment.hardware.batch_size
+        at_once = checked.at_once or chosen.width() * min(experiment.hardware.batch_limit, _AT_ONCE)
         while (left := checked.trials - _count(optuna, study)) > 0 and not stop.requested:
             trials = [study.ask(_distributions(optuna, space)) for _ in range(min(at_once, left))]
             requests = [

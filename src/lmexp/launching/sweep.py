@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lmexp.config import Hardware
+from lmexp.jobs import Outcome, Request, plan
 from lmexp.launching.devices import find_devices
 from lmexp.launching.in_process import InProcess
 from lmexp.launching.index import SweepIndex
 from lmexp.launching.protocol import Batch, Engine
 from lmexp.launching.worker_processes import WorkerProcesses
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.runner import Outcome, Request, plan
 from lmexp.stopping import StopRequest
 
 

@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from lmexp.config import Hardware
+from lmexp.jobs import Outcome, Request, Settle
 from lmexp.launching.protocol import Batch
-from lmexp.runner import Outcome, Request, Settle, run
+from lmexp.runner import run
 from lmexp.stopping import StopRequest
 from lmexp.workbench import Workbench
 

@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from lmexp.errors import LmexpError
+from lmexp.jobs import Outcome, Settle
 from lmexp.launching.devices import Device
 from lmexp.launching.protocol import Batch
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.runner import Outcome, Settle
 from lmexp.stopping import StopRequest
 
 log = logging.getLogger("lmexp")

@@ -61,6 +61,7 @@ class Recorder:
         self._tracked: TrackedRun | None = None
         self._warned: set[str] = set()
         self._last_heartbeat = 0.0
+        self._taken = 0
         frames = min(video_frames, steps)
         self._frame_steps = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
         self._picture_steps = set(range(0, steps, image_every)) if image_every else set()
@@ -107,7 +108,8 @@ class Recorder:
         folder.write_config(self.job.config)
         if diff:
             folder.write_diff(diff)
-        folder.truncate_metrics(first_step)
+        # Fewer than first_step, if a plateau had ended the job and its batch went on.
+        self._taken = folder.truncate_metrics(first_step)
         self._look_landmarks = look_landmarks.detach().float().cpu().numpy()
         self._expression_landmarks = expression_landmarks.detach().float().cpu().numpy()
         folder.write_landmarks(look=self._look_landmarks, expression=self._expression_landmarks)
@@ -157,6 +159,7 @@ class Recorder:
         self.folder.append_metrics(
             {"step": step, "lr": lr, "loss": loss, "raw": dict(raw), "weighted": dict(weighted)}
         )
+        self._taken = step + 1
         now = time.monotonic()
         if now - self._last_heartbeat > _HEARTBEAT_SECONDS:
             self._last_heartbeat = now
@@ -216,9 +219,9 @@ class Recorder:
             self.folder.write_picture("proj_landmarks", draw_landmarks(picture, points))
         with self._optional("video"):
             self._write_video()
-        self.folder.write_status("finished", step=self.steps, steps=self.steps)
+        self.folder.write_status("finished", step=self._taken, steps=self.steps)
         self.folder.remove_unfinished()
-        last = self.steps - 1
+        last = self._taken - 1
         self._mirror(lambda run: run.log_pictures(last, self._pictures("proj")))
         if self.folder.video_path.exists():
             self._mirror(lambda run: run.log_video(last, self.folder.video_path))

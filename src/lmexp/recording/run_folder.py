@@ -42,7 +42,7 @@ class Status:
         state: running, finished, failed or interrupted.
         reason: why it failed, in one line; empty otherwise.
         step: steps that are done.
-        steps: steps that were asked for.
+        steps: steps that were asked for; a plateau can end a run earlier.
         pid: the process that wrote it.
         process: that process's start, which tells it from a later one of the same number.
         host: the machine that it ran on.
@@ -78,7 +78,7 @@ class Status:
     def describe(self) -> str:
         """One line for people."""
         if self.state == "finished":
-            return f"finished after {self.steps} steps"
+            return f"finished after {self.step} steps"
         where = f"step {self.step} of {self.steps}"
         if self.state == "failed":
             return f"failed at {where}: {self.reason}"
@@ -226,11 +226,16 @@ class RunFolder:
         """
         return [_with_nan(json.loads(line)) for line in self._metric_lines()]
 
-    def truncate_metrics(self, first_step: int) -> None:
-        """Forget the lines of step `first_step` and later, which a resumed run makes again."""
+    def truncate_metrics(self, first_step: int) -> int:
+        """Forget the lines of step `first_step` and later, which a resumed run makes again.
+
+        Returns:
+            How many lines are left, one for every step that is done.
+        """
         lines = list(self._metric_lines())
         kept = [line for line in lines if json.loads(line)["step"] < first_step]
         write_atomically(self.path / "metrics.jsonl", b"".join(line + b"\n" for line in kept))
+        return len(kept)
 
     def write_projection(
         self, ws: NDArray[np.float32], noise_bufs: Sequence[NDArray[np.float32]] = ()
