@@ -9,13 +9,17 @@ is y_o = d_o · Σ_i w_oi * (s_i x_i), d_o = (Σ_i s_i² Σ_k w_oik² + ε)^-½:
 convolve the whole batch with one kernel, scale what comes out. So frozen weights need no gradient,
 and images of a batch share the convolution. The image layers alone modulate weights: they have
 three rows, and a batched matrix product was three to four times as fast on a CPU.
+
+Two structures compute this. Float32 takes layer after layer, as measured best on CPUs. Half
+precision, which is for GPUs, computes all styles and demodulation coefficients at once
+(`StyleTables`) and everything between two convolutions in one pass (`stylegan2_epilogue`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +35,13 @@ from lmexp.generators.stylegan2_config import (
     channel_table,
 )
 from lmexp.generators.stylegan2_discriminator import StyleGAN2Discriminator
+from lmexp.generators.stylegan2_epilogue import (
+    Split,
+    compose,
+    convolve,
+    double_side,
+    epilogue,
+)
 from lmexp.generators.stylegan2_layers import (
     EPSILON,
     GAIN,
@@ -91,6 +102,11 @@ class MappingNetwork(nn.Module):
         return w
 
 
+def choose_split(side: int) -> Split:
+    """How half precision upsamples to feature maps of this side, px."""
+    return "phases"
+
+
 class ModulatedConv(nn.Module):
     """Modulated and demodulated 3x3 convolution, noise, bias, LeakyReLU(0.2), optional clamp.
 
@@ -98,7 +114,6 @@ class ModulatedConv(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         name: stem of its tensors, such as "synthesis.64.conv0".
-        half: type of its features; None: the network's own, float32.
         noise: its own noise map, [R, R]; None for no noise.
         low_pass: doubles the side with this filter; None keeps the side.
         gain: of its output, and of the clamp.
@@ -115,39 +130,89 @@ class ModulatedConv(nn.Module):
         config: StyleGAN2Config,
         tensors: Mapping[str, Tensor],
         name: str,
-        half: torch.dtype | None,
         noise: Tensor | None,
         low_pass: LowPass | None = None,
         gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self.half_dtype = half
         self.low_pass = low_pass
-        clamp = config.conv_clamp
-        if clamp is None and half == torch.float16:
-            clamp = HALF_CLAMP
-        self.clamp = None if clamp is None else clamp * gain
+        self.split: Split = "same"
+        self.clamp = None if config.conv_clamp is None else config.conv_clamp * gain
         weight = tensors[f"{name}.weight"].float()
-        fan_in = weight[0].numel()
-        weight = weight / math.sqrt(fan_in)
-        if half is not None:
-            # Demodulation undoes any factor of a row. With its largest weight at fan_in^-½ and
-            # styles of at most 1, sums stay within the range of float16.
-            weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * math.sqrt(fan_in))
+        weight = weight / math.sqrt(weight[0].numel())
         self.affine = Dense(tensors, f"{name}.affine")
         self.register_buffer("squares", weight.square().sum((2, 3)))
         if low_pass is not None:
             weight = weight.transpose(0, 1)
-        self.register_buffer("weight", weight.to(half or torch.float32).contiguous())
+        self.register_buffer("weight", weight.contiguous())
         # LeakyReLU is positively homogeneous: its gain is carried by what goes into it.
         self.gain = GAIN * gain
         bias = tensors[f"{name}.bias"].float() * self.gain
-        self.register_buffer("bias", bias.to(half or torch.float32)[:, None, None])
+        self.register_buffer("bias", bias[:, None, None])
         if noise is not None:
             strength = tensors[f"{name}.noise_strength"].float() * self.gain
             self.register_buffer("noise_strength", strength)
-            noise = (noise.float() * strength).to(half or torch.float32)[None, None]
+            noise = (noise.float() * strength)[None, None]
         self.register_buffer("noise", noise)
+
+    def lower(self, dtype: torch.dtype, side: int) -> None:
+        """Make it a layer that `convolve_modulated` computes, in place.
+
+        Args:
+            dtype: of weights and features.
+            side: of what it makes, px.
+        """
+        weight = self.weight if self.low_pass is None else self.weight.transpose(0, 1)
+        # Demodulation undoes any factor of a row. With its largest weight at fan_in^-½ and
+        # styles of at most 1, sums stay within the range of float16.
+        fan_in = weight[0].numel()
+        weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * math.sqrt(fan_in))
+        self.squares = weight.square().sum((2, 3))
+        self.filters_apart = self.low_pass is not None and not self.low_pass.is_binomial
+        if self.low_pass is not None:
+            self.split = "transposed" if self.filters_apart else choose_split(side)
+        weight = compose(weight, self.split).to(dtype)
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        if self.clamp is None and dtype == torch.float16:
+            self.clamp = HALF_CLAMP * (self.gain / GAIN)
+
+    def convolve_modulated(
+        self,
+        x: Tensor,
+        demodulation: Tensor,
+        noise: Tensor | None,
+        styles: Tensor | None,
+        rgb: Tensor | None,
+        features: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute, in half precision.
+
+        Args:
+            x: [N, C_in, h, w], modulated.
+            demodulation: [N, C_out], its gain included.
+            noise: [N, 1, H, W]; None for its own.
+            styles: [N, C_out], of the layer that reads what this one makes; None: no modulation.
+            rgb: [N, 3, C_out], modulated weights of the image layer; None if there is none.
+            features: whether features are wanted.
+
+        Returns:
+            (features [N, C_out, H, W], modulated; the image layer's product [N, 3, H, W]).
+        """
+        x = convolve(x, self.weight, self.split)
+        split = self.split
+        if self.filters_apart and self.low_pass is not None:
+            x, split = self.low_pass.upsample_convolved(x), "same"
+        strength = None
+        if self.noise is None:
+            noise = None
+        elif noise is None:
+            noise = self.noise
+        else:
+            strength = self.noise_strength
+        bias = self.bias[:, 0, 0]
+        return epilogue(
+            x, demodulation, bias, noise, strength, styles, rgb, features, split, self.clamp
+        )
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """Compute.
@@ -161,22 +226,19 @@ class ModulatedConv(nn.Module):
             [N, C_out, H, W]; H = 2h where it doubles the side, else h.
         """
         styles = self.affine(w)
-        if self.half_dtype is not None:
-            # No gradient has to pass through a factor that demodulation undoes.
-            styles = styles / styles.detach().abs().amax(1, keepdim=True)
         demodulation = torch.rsqrt(F.linear(styles.square(), self.squares) + EPSILON) * self.gain
-        x = x * styles.to(x.dtype)[:, :, None, None]
+        x = x * styles[:, :, None, None]
         if self.low_pass is None:
             x = F.conv2d(x, self.weight, padding=1)
         else:
             x = F.conv_transpose2d(x, self.weight, stride=2)
             x = self.low_pass.upsample_convolved(x)
-        x = x * demodulation.to(x.dtype)[:, :, None, None]
+        x = x * demodulation[:, :, None, None]
         if self.noise is not None:
             if noise is None:
                 x = x.add_(self.noise)
             else:
-                x = x.add_((noise * self.noise_strength).to(x.dtype))
+                x = x.add_(noise * self.noise_strength)
         x = F.leaky_relu_(x.add_(self.bias), LEAK)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
@@ -188,22 +250,14 @@ class ToRGB(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         name: stem of its tensors, such as "synthesis.64.to_rgb".
-        half: type of its features; None: the network's own, float32.
     """
 
     weight: Tensor
     bias: Tensor
 
-    def __init__(
-        self,
-        config: StyleGAN2Config,
-        tensors: Mapping[str, Tensor],
-        name: str,
-        half: torch.dtype | None,
-    ) -> None:
+    def __init__(self, config: StyleGAN2Config, tensors: Mapping[str, Tensor], name: str) -> None:
         super().__init__()
-        clamp = config.conv_clamp
-        self.clamp = HALF_CLAMP if clamp is None and half == torch.float16 else clamp
+        self.clamp = config.conv_clamp
         self.affine = Dense(tensors, f"{name}.affine")
         weight = tensors[f"{name}.weight"].float().flatten(1)
         self.register_buffer("weight", weight / math.sqrt(weight.shape[1]))
@@ -212,8 +266,12 @@ class ToRGB(nn.Module):
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
         """x: [N, C, h, w], w: [N, w_dim] -> [N, img_channels, h, w], float32."""
         weight = self.weight * self.affine(w)[:, None]
-        image: Tensor = torch.bmm(weight.to(x.dtype), x.flatten(2))
-        image = image.reshape(len(x), -1, *x.shape[2:]).to(self.bias.dtype) + self.bias
+        image = torch.bmm(weight, x.flatten(2))
+        return self.finish(image.reshape(len(x), -1, *x.shape[2:]))
+
+    def finish(self, product: Tensor) -> Tensor:
+        """What follows the product of weights and features, [N, img_channels, h, w]."""
+        image = product + self.bias
         return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
@@ -224,7 +282,6 @@ class Block(nn.Module):
         config: of the generator.
         tensors: the canonical state.
         side: of its feature maps, px.
-        half: type of its features; None: the network's own, float32.
         noises: its convolutions' own noise maps; None where there is none.
         low_pass: the filter between resolutions.
     """
@@ -236,31 +293,31 @@ class Block(nn.Module):
         config: StyleGAN2Config,
         tensors: Mapping[str, Tensor],
         side: int,
-        half: torch.dtype | None,
         noises: Sequence[Tensor | None],
         low_pass: LowPass,
     ) -> None:
         super().__init__()
         name, residual = f"synthesis.{side}", config.architecture == "resnet"
-        self.half_dtype = half
+        self.side = side
+        self.half_dtype: torch.dtype | None = None
         self.low_pass = low_pass
         self.conv0 = None
         if side > 4:
-            self.conv0 = ModulatedConv(config, tensors, f"{name}.conv0", half, noises[0], low_pass)
+            self.conv0 = ModulatedConv(config, tensors, f"{name}.conv0", noises[0], low_pass)
         skip = tensors[f"{name}.skip.weight"] if side > 4 and residual else None
         gain = 1.0 if skip is None else math.sqrt(0.5)
-        self.conv1 = ModulatedConv(config, tensors, f"{name}.conv1", half, noises[-1], gain=gain)
+        self.conv1 = ModulatedConv(config, tensors, f"{name}.conv1", noises[-1], gain=gain)
         self.to_rgb = None
         if config.has_to_rgb(side):
-            self.to_rgb = ToRGB(config, tensors, f"{name}.to_rgb", half)
+            self.to_rgb = ToRGB(config, tensors, f"{name}.to_rgb")
         if skip is not None:
-            skip = (skip.float() / math.sqrt(2 * skip.shape[1])).to(half or torch.float32)
+            skip = skip.float() / math.sqrt(2 * skip.shape[1])
         self.register_buffer("skip", skip)
 
     def forward(
         self, x: Tensor, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute.
+        """Compute in float32.
 
         Args:
             x: [N, C_in, h, w].
@@ -271,7 +328,6 @@ class Block(nn.Module):
         Returns:
             (features [N, C_out, H, W], image [N, img_channels, H, W] if there is one by now).
         """
-        x = x.to(self.half_dtype) if self.half_dtype is not None else x
         shortcut = None
         if self.conv0 is not None:
             if self.skip is not None:
@@ -287,12 +343,165 @@ class Block(nn.Module):
             image = layer if image is None else image + layer
         return x, image
 
+    def lower(self, dtype: torch.dtype) -> None:
+        """Make it a block that `compute_modulated` computes, in place; not that of 4 px."""
+        assert self.conv0 is not None
+        self.half_dtype = dtype
+        self.conv0.lower(dtype, self.side)
+        self.conv1.lower(dtype, self.side)
+        if self.skip is not None:
+            self.skip = self.skip.to(dtype).contiguous(memory_format=torch.channels_last)
+        if self.to_rgb is not None and self.to_rgb.clamp is None and dtype == torch.float16:
+            self.to_rgb.clamp = HALF_CLAMP
+
+    def compute_modulated(
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        layers: Sequence[Coefficients],
+        rgb: Tensor | None,
+        next_styles: Tensor | None,
+        noises: Sequence[Tensor | None],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Compute in half precision.
+
+        Args:
+            x: [N, C_in, h, w]; modulated, unless the block has a shortcut.
+            image: what smaller resolutions made, [N, 3, h, w], float32.
+            layers: those of its two convolutions.
+            rgb: [N, 3, C_out], modulated weights of its image layer; None if it has none.
+            next_styles: of the next block's first convolution; None: there is no next block.
+            noises: a [N, 1, H, W] for every convolution, or None for its own.
+
+        Returns:
+            (features [N, C_out, H, W], modulated unless the block has a shortcut, None in the last
+            block; image [N, 3, H, W] if there is one by now).
+        """
+        assert self.conv0 is not None
+        shortcut, own_rgb = None, rgb
+        if self.skip is not None:
+            shortcut = F.conv2d(x, self.skip)
+            shortcut = self._double_side(shortcut)
+            x = modulate(x, layers[0].styles, x.dtype)
+            next_styles, own_rgb = None, None
+        middle, _ = self.conv0.convolve_modulated(
+            x, layers[0].demodulation, noises[0], layers[1].styles, None
+        )
+        assert middle is not None
+        features = next_styles is not None or shortcut is not None
+        made, layer = self.conv1.convolve_modulated(
+            middle, layers[1].demodulation, noises[1], next_styles, own_rgb, features
+        )
+        if shortcut is not None and made is not None:
+            made = made + shortcut
+            if rgb is not None:
+                # A row a pixel: of channels-last features, that is a view.
+                rows = made.permute(0, 2, 3, 1).flatten(1, 2) @ rgb.transpose(1, 2).to(made.dtype)
+                layer = rows.transpose(1, 2).unflatten(2, made.shape[2:]).to(rgb.dtype)
+        if image is not None:
+            image = self._double_side(image)
+        if self.to_rgb is not None and layer is not None:
+            layer = self.to_rgb.finish(layer)
+            image = layer if image is None else image + layer
+        return made, image
+
+    def _double_side(self, x: Tensor) -> Tensor:
+        return double_side(x) if self.low_pass.is_binomial else self.low_pass.upsample(x)
+
+
+class Coefficients(NamedTuple):
+    """What modulates one convolution in half precision.
+
+    Attributes:
+        styles: [N, C_in], of at most 1.
+        demodulation: [N, C_out], the gain included.
+    """
+
+    styles: Tensor
+    demodulation: Tensor
+
+
+class StyleTables(nn.Module):
+    """Styles and demodulation of many layers by three products of matrices.
+
+    Layer by layer they are hundreds of small kernels, whose launches cost a GPU more than the
+    arithmetic. Layers of fewer channels are filled up with zeros.
+
+    Args:
+        convs: in the order of the computation, each of which reads the next style vector.
+        images: image layers, each of which reads the second style vector after its predecessor's.
+        first: index of the first convolution's style vector.
+        first_image: of the first image layer's.
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor
+    squares: Tensor
+    gains: Tensor
+    image_weight: Tensor
+    image_bias: Tensor
+    rgb: Tensor
+
+    def __init__(
+        self,
+        convs: Sequence[ModulatedConv],
+        images: Sequence[ToRGB],
+        first: int,
+        first_image: int,
+    ) -> None:
+        super().__init__()
+        self.first, self.first_image = first, first_image
+        self.channels = [conv.squares.shape for conv in convs]
+        self.image_channels = [layer.weight.shape[1] for layer in images]
+        self.register_buffer("conv_weight", _stack([c.affine.weight.T for c in convs]))
+        self.register_buffer("conv_bias", _stack([c.affine.bias[None] for c in convs]))
+        self.register_buffer("squares", _stack([conv.squares.T for conv in convs]))
+        gains = self.squares.new_tensor([conv.gain for conv in convs])
+        self.register_buffer("gains", gains[:, None, None])
+        self.register_buffer("image_weight", _stack([i.affine.weight.T for i in images]))
+        self.register_buffer("image_bias", _stack([i.affine.bias[None] for i in images]))
+        self.register_buffer("rgb", _stack([layer.weight for layer in images])[:, None])
+
+    def forward(self, ws: Tensor) -> tuple[list[Coefficients], list[Tensor]]:
+        """ws: [N, num_ws, w_dim] -> (of every convolution; [N, 3, C] of every image layer)."""
+        own = ws[:, self.first : self.first + len(self.channels)].transpose(0, 1)
+        styles = torch.baddbmm(self.conv_bias, own, self.conv_weight)
+        # No gradient has to pass through a factor that demodulation undoes.
+        styles = styles / styles.detach().abs().amax(2, keepdim=True)
+        demodulation = torch.rsqrt(torch.bmm(styles.square(), self.squares) + EPSILON) * self.gains
+        own = ws[:, self.first_image :: 2].transpose(0, 1)
+        image_styles = torch.baddbmm(self.image_bias, own, self.image_weight)
+        rgb = self.rgb * image_styles[:, :, None]
+        layers = zip(styles.unbind(), demodulation.unbind(), self.channels, strict=True)
+        return (
+            [Coefficients(_cut(s, C_in), _cut(d, C_out)) for s, d, (C_out, C_in) in layers],
+            [_cut(r, C) for r, C in zip(rgb.unbind(), self.image_channels, strict=True)],
+        )
+
+
+def _stack(tables: Sequence[Tensor]) -> Tensor:
+    """Tables [a, b] of several sizes, filled up with zeros: [L, max a, max b]."""
+    rows, columns = (max(table.shape[axis] for table in tables) for axis in (0, 1))
+    filled = [F.pad(t, [0, columns - t.shape[1], 0, rows - t.shape[0]]) for t in tables]
+    return torch.stack(filled)
+
+
+def _cut(x: Tensor, channels: int) -> Tensor:
+    return x if x.shape[-1] == channels else x[..., :channels]
+
+
+def modulate(x: Tensor, styles: Tensor, dtype: torch.dtype) -> Tensor:
+    """x: [N, C, h, w], styles: [N, C] -> their product, channels-last, in `dtype`."""
+    x = (x * styles[:, :, None, None]).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
 
 class StyleGAN2Network(nn.Module):
     """A frozen StyleGAN2 of any size; behaves as a `Generator`.
 
     Half precision: the `half_precision` highest resolutions (never 4 px) compute with
-    `half_dtype`; styles, demodulation coefficients, w and the image are float32 all the way.
+    `half_dtype`, all of them after `lower_precision`; styles, demodulation coefficients, noise
+    maps, w and the image are float32 all the way, and so is whatever lies between two convolutions.
     Demodulated layers divide styles by their largest and weights by each row's largest,
     which demodulation undoes. Features are clamped at `conv_clamp`, with float16 at 256 if there is
     none. bfloat16 has float32's range and needs neither; it has 8 bits of precision, not 11.
@@ -355,18 +564,52 @@ class StyleGAN2Network(nn.Module):
         self.register_buffer("const", tensors["synthesis.const"].float()[None])
         noises = _own_noises(config, tensors, noise_mode, noise_seed)
         low_pass = LowPass(config.resample_filter)
-        half = torch.bfloat16 if half_dtype == "bfloat16" else torch.float16
-        first_half = max(8, 2 * config.resolution >> half_precision)
         self._blocks = nn.ModuleList()
         for side in config.sides:
             count = 1 if side == 4 else 2
             own, noises = noises[:count], noises[count:]
-            chosen = half if half_precision and side >= first_half else None
-            self._blocks.append(Block(config, tensors, side, chosen, own, low_pass))
+            self._blocks.append(Block(config, tensors, side, own, low_pass))
+        self._tables: StyleTables | None = None
+        if half_precision:
+            half = torch.bfloat16 if half_dtype == "bfloat16" else torch.float16
+            self._lower(half, max(8, 2 * config.resolution >> half_precision))
         if weights_sha256 is None:
             weights_sha256 = store.digest(tensors)
         self.weights_sha256 = weights_sha256
         self.eval().requires_grad_(False)
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute every resolution from 8 px up in `dtype`, in place, with the same safeguards.
+
+        Resolutions that compute in half precision already stay as they are.
+
+        Args:
+            dtype: torch.bfloat16 or torch.float16.
+
+        Raises:
+            LmexpError: another type.
+        """
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise LmexpError(
+                f"StyleGAN2 precision: {dtype}, but it computes in bfloat16 or float16 or, as it "
+                "is built, float32; choose one of the former or leave it as it is"
+            )
+        self._lower(dtype, 8)
+
+    def _lower(self, dtype: torch.dtype, smallest: int) -> None:
+        lowered = [block for block in self._blocks if block.side >= smallest]
+        for block in lowered:
+            if block.half_dtype is None:
+                block.lower(dtype)
+        before = len(self._blocks) - len(lowered)
+        images = [index for index, block in enumerate(self._blocks) if block.to_rgb is not None]
+        images = [index for index in images if index >= before]
+        self._tables = StyleTables(
+            [conv for block in lowered for conv in (block.conv0, block.conv1)],
+            [self._blocks[index].to_rgb for index in images],
+            2 * before - 1,
+            2 * images[0] + 1,
+        ).requires_grad_(False)
 
     def mapping(self, z: Tensor) -> Tensor:
         """z: [N, z_dim], standard normal -> w: [N, w_dim], without truncation."""
@@ -421,8 +664,42 @@ class StyleGAN2Network(nn.Module):
         x: Tensor = self.const
         image: Tensor | None = None
         for index, block in enumerate(self._blocks):
+            if block.half_dtype is not None:
+                return self._synthesize_modulated(x, image, index, ws, noises)
             first, last = max(0, 2 * index - 1), 2 * index + 1
             x, image = block(x, image, styles[first : last + 1], noises[first:last])
+        assert image is not None
+        return image
+
+    def _synthesize_modulated(
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        index: int,
+        ws: Tensor,
+        noises: Sequence[Tensor | None],
+    ) -> Tensor:
+        """The blocks from this index on, which compute in half precision."""
+        assert self._tables is not None
+        layers, rgbs = self._tables(ws)
+        rgbs = iter(rgbs)
+        residual = self.config.architecture == "resnet"
+        first, blocks = index, list(self._blocks)[index:]
+        if residual:
+            x = x.to(blocks[0].half_dtype).contiguous(memory_format=torch.channels_last)
+        else:
+            x = modulate(x, layers[0].styles, blocks[0].half_dtype)
+        for index, block in enumerate(blocks):
+            own = layers[2 * index : 2 * index + 3]
+            noise = 2 * (first + index) - 1
+            x, image = block.compute_modulated(
+                x,
+                image,
+                own[:2],
+                None if block.to_rgb is None else next(rgbs),
+                own[2].styles if len(own) == 3 else None,
+                noises[noise : noise + 2],
+            )
         assert image is not None
         return image
 

@@ -140,6 +140,9 @@ class LowPass(nn.Module):
 
     Args:
         taps: of the 1-D filter, before they are normalised to a sum of 1.
+
+    Attributes:
+        is_binomial: whether it is (1, 3, 3, 1), as in all published networks.
     """
 
     kernel: Tensor
@@ -150,6 +153,7 @@ class LowPass(nn.Module):
         line = torch.tensor(taps, dtype=torch.float64).flip(0)
         line = line / line.sum()
         self.taps = len(taps)
+        self.is_binomial = torch.equal(line * 8, line.new_tensor((1.0, 3.0, 3.0, 1.0)))
         self.register_buffer("kernel", torch.outer(line, line).float()[None, None])
 
     def blur(
