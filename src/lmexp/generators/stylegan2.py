@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -235,10 +235,7 @@ class ModulatedConv(nn.Module):
             x = self.low_pass.upsample_convolved(x)
         x = x * demodulation[:, :, None, None]
         if self.noise is not None:
-            if noise is None:
-                x = x.add_(self.noise)
-            else:
-                x = x.add_(noise * self.noise_strength)
+            x = x.add_(self.noise if noise is None else noise * self.noise_strength)
         x = F.leaky_relu_(x.add_(self.bias), LEAK)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 
@@ -397,7 +394,7 @@ class Block(nn.Module):
             if rgb is not None:
                 # A row a pixel: of channels-last features, that is a view.
                 rows = made.permute(0, 2, 3, 1).flatten(1, 2) @ rgb.transpose(1, 2).to(made.dtype)
-                layer = rows.transpose(1, 2).unflatten(2, made.shape[2:]).to(rgb.dtype)
+                layer = rows.transpose(1, 2).reshape(len(made), -1, *made.shape[2:]).to(rgb.dtype)
         if image is not None:
             image = self._double_side(image)
         if self.to_rgb is not None and layer is not None:
@@ -597,19 +594,22 @@ class StyleGAN2Network(nn.Module):
         self._lower(dtype, 8)
 
     def _lower(self, dtype: torch.dtype, smallest: int) -> None:
-        lowered = [block for block in self._blocks if block.side >= smallest]
+        blocks = self._list_blocks()
+        lowered = [block for block in blocks if block.side >= smallest]
         for block in lowered:
             if block.half_dtype is None:
                 block.lower(dtype)
-        before = len(self._blocks) - len(lowered)
-        images = [index for index, block in enumerate(self._blocks) if block.to_rgb is not None]
-        images = [index for index in images if index >= before]
+        first = len(blocks) - len(lowered)
+        images = [(index, block.to_rgb) for index, block in enumerate(blocks[first:], first)]
         self._tables = StyleTables(
-            [conv for block in lowered for conv in (block.conv0, block.conv1)],
-            [self._blocks[index].to_rgb for index in images],
-            2 * before - 1,
-            2 * images[0] + 1,
+            [conv for block in lowered for conv in (block.conv0, block.conv1) if conv is not None],
+            [layer for _, layer in images if layer is not None],
+            2 * first - 1,
+            next(2 * index + 1 for index, layer in images if layer is not None),
         ).requires_grad_(False)
+
+    def _list_blocks(self) -> list[Block]:
+        return cast("list[Block]", list(self._blocks))
 
     def mapping(self, z: Tensor) -> Tensor:
         """z: [N, z_dim], standard normal -> w: [N, w_dim], without truncation."""
@@ -663,7 +663,7 @@ class StyleGAN2Network(nn.Module):
         noises = tuple(noise_bufs) or (None,) * (len(styles) - 1)
         x: Tensor = self.const
         image: Tensor | None = None
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(self._list_blocks()):
             if block.half_dtype is not None:
                 return self._synthesize_modulated(x, image, index, ws, noises)
             first, last = max(0, 2 * index - 1), 2 * index + 1
@@ -681,18 +681,19 @@ class StyleGAN2Network(nn.Module):
     ) -> Tensor:
         """The blocks from this index on, which compute in half precision."""
         assert self._tables is not None
-        layers, rgbs = self._tables(ws)
-        rgbs = iter(rgbs)
-        residual = self.config.architecture == "resnet"
-        first, blocks = index, list(self._blocks)[index:]
-        if residual:
-            x = x.to(blocks[0].half_dtype).contiguous(memory_format=torch.channels_last)
+        layers, weights = self._tables(ws)
+        rgbs = iter(weights)
+        first, blocks = index, self._list_blocks()[index:]
+        dtype = blocks[0].half_dtype
+        assert dtype is not None
+        if self.config.architecture == "resnet":
+            x = x.to(dtype).contiguous(memory_format=torch.channels_last)
         else:
-            x = modulate(x, layers[0].styles, blocks[0].half_dtype)
+            x = modulate(x, layers[0].styles, dtype)
         for index, block in enumerate(blocks):
             own = layers[2 * index : 2 * index + 3]
             noise = 2 * (first + index) - 1
-            x, image = block.compute_modulated(
+            made, image = block.compute_modulated(
                 x,
                 image,
                 own[:2],
@@ -700,6 +701,7 @@ class StyleGAN2Network(nn.Module):
                 own[2].styles if len(own) == 3 else None,
                 noises[noise : noise + 2],
             )
+            x = x if made is None else made
         assert image is not None
         return image
 

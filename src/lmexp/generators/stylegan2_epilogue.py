@@ -188,7 +188,7 @@ def epilogue(
         (features [N, C, H, W] in the source's type, what the weights `rgb` make of the activations
         before the modulation [N, 3, H, W], float32); None for what is not asked for.
     """
-    if source.is_cuda:  # pragma: no cover
+    if source.is_cuda:
         return fuse(
             source, demodulation, bias, noise, strength, styles, rgb, features, split, clamp
         )
@@ -233,19 +233,17 @@ _ARGUMENTS = (
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # pragma: no cover
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    # Triton comes with PyTorch's CUDA builds alone.
     from lmexp.generators import stylegan2_triton
 
-    return stylegan2_triton.forward(*arguments, LEAK)
+    return stylegan2_triton.forward(*arguments, leak=LEAK)
 
 
-def _backward(
-    grad_features: Tensor, grad_image: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from lmexp.generators import stylegan2_triton
 
-    *arguments, noise_gradient = arguments
-    return stylegan2_triton.backward(grad_features, grad_image, *arguments, LEAK, noise_gradient)
+    return stylegan2_triton.backward(*arguments, leak=LEAK)
 
 
 def _sides(source: Tensor, phases: bool, taps: int) -> tuple[int, int, int, int]:

@@ -12,6 +12,9 @@ Feature maps lie in memory channels-last. Sums over pixels are made of one parti
 added up afterwards, so that they are the same at every run.
 """
 
+# Upper case marks what a kernel is compiled for, as in Triton's own code.
+# ruff: noqa: N803
+
 from __future__ import annotations
 
 import torch
@@ -352,10 +355,8 @@ def _sizes(source: Tensor, phases: bool, taps: int) -> tuple[int, int, int, int,
     return N, C, source_height - border, source_width - border, source_height, source_width
 
 
-def _in_rows(table: Tensor | None) -> Tensor | None:
+def _in_rows(table: Tensor) -> Tensor:
     """[..., C] with all rows at the same distance, as a cut through wider tables has them."""
-    if table is None:
-        return None
     even = table.ndim == 2 or table.stride(0) == table.shape[1] * table.stride(1)
     return table if table.stride(-1) == 1 and even else table.contiguous()
 
@@ -376,6 +377,7 @@ def forward(
     phases: bool,
     taps: int,
     clamp: float,
+    *,
     leak: float,
 ) -> tuple[Tensor, Tensor]:
     """(features [N, C, H, W] in the source's type, image [N, 3, H, W]); [0] for what is not."""
@@ -393,7 +395,9 @@ def forward(
     image = torch.empty(shape, dtype=torch.float32, device=source.device)
     C_BLOCK, P_BLOCK = _block(C, FORWARD_TILE)
     noise = None if noise is None else noise.contiguous()
-    demodulation, styles, rgb = (_in_rows(table) for table in (demodulation, styles, rgb))
+    demodulation = _in_rows(demodulation)
+    styles = None if styles is None else _in_rows(styles)
+    rgb = None if rgb is None else _in_rows(rgb)
     _forward_kernel[(triton.cdiv(height * width, P_BLOCK), N)](
         source,
         demodulation,
@@ -444,8 +448,9 @@ def backward(
     phases: bool,
     taps: int,
     clamp: float,
-    leak: float,
     noise_gradient: bool,
+    *,
+    leak: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients.
 
@@ -471,7 +476,9 @@ def backward(
             memory_format=torch.channels_last,
         )
     noise = None if noise is None else noise.contiguous()
-    demodulation, styles, rgb = (_in_rows(table) for table in (demodulation, styles, rgb))
+    demodulation = _in_rows(demodulation)
+    styles = None if styles is None else _in_rows(styles)
+    rgb = None if rgb is None else _in_rows(rgb)
     _backward_kernel[(programs, N)](
         _packed(grad_features) if features else grad_features,
         grad_image.contiguous(),
