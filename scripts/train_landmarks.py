@@ -5,6 +5,11 @@
 DIR holds `train` and `val`, each with NAME.jpg and NAME.pts (300-W), pictures of one size with
 the face in the middle. Training ends by the clock, evaluation included, so that the same
 command fits any lease of a GPU; the EMA of the weights is saved every minute.
+
+`--start FILE` goes on from weights that this script wrote. `--unlabelled DIR` adds pictures
+without annotations (`scripts/render_faces.py`): `--teacher FILE` annotates them, as the median
+over several views of the clean picture, and the network learns them spoilt and warped, which is
+the noisy student of Xie et al., arXiv 1911.04252.
 """
 
 from __future__ import annotations
@@ -17,25 +22,63 @@ import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from landmark_warps import (
+    Mouths,
+    constant,
+    find_mouths,
+    move_brows,
+    move_lids,
+    move_mouth,
+    paint_mouths,
+    sources,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.fan import HEATMAP_SIDE, INPUT_SIDE, Fan
 from lmexp.landmarks.framing import ffhq_views, place, read_faces, resample, tight_views
-from lmexp.landmarks.groups import FLIP
+from lmexp.landmarks.groups import FLIP, expand
 from lmexp.landmarks.score import score
+from lmexp.metrics.aspect_ratios import mouth_aspect_ratio
 
 SIGMA = 1.2
-"""Standard deviation of the target's Gaussian, in cells of the heat map."""
+"""Standard deviation of the target's Gaussian, in cells of the heat map, unless told."""
 
 PEAK_WEIGHT = 5.0
 """The squared error at a target's peak counts 1 + this times as much as on the background."""
 
 POINT_WEIGHT = 0.5
 """Weight of the mean distance (cells) between a map's centroid around the truth and the truth."""
+
+OPENING_WEIGHT = 0.5
+"""Weight of the mean error (cells) of the way from upper to lower lips and lids."""
+
+_WEIGHTS = expand(
+    {
+        "jaw": 0.5,
+        "left_eyebrow": 0.8,
+        "right_eyebrow": 0.8,
+        "nose_bridge": 0.8,
+        "lower_nose": 0.8,
+        "left_eye": 1.5,
+        "right_eye": 1.5,
+        "outer_lip": 1.3,
+        "inner_lip": 1.6,
+    }
+)
+GROUP_WEIGHTS = tuple((_WEIGHTS / _WEIGHTS.mean()).tolist())
+"""What the projection asks for, eyes and mouth, counts more than the edge of the face."""
+
+OPENINGS = ((61, 67), (62, 66), (63, 65), (37, 41), (38, 40), (43, 47), (44, 46))
+"""Upper and lower points of the lips and lids."""
+
+WARPED = 0.5
+"""Share of a batch whose mouths, eyes and brows are moved."""
 
 
 def sampling_weights(landmarks: Tensor) -> Tensor:
@@ -54,10 +97,15 @@ def sampling_weights(landmarks: Tensor) -> Tensor:
 
 
 class Augmentation:
-    """Random views and photographic faults, drawn for a whole batch on its device."""
+    """Random views, expressions and photographic faults, drawn for a batch on its device.
 
-    def __init__(self, device: torch.device, seed: int) -> None:
+    Args:
+        mouths: whose insides opened mouths show; without, mouths are not opened or closed.
+    """
+
+    def __init__(self, device: torch.device, seed: int, mouths: Mouths | None = None) -> None:
         self.device = device
+        self.mouths = mouths if mouths is not None and len(mouths.images) else None
         self.generator = torch.Generator(device).manual_seed(seed)
         self.random = random.Random(
             seed
@@ -77,9 +125,48 @@ class Augmentation:
         views, flipped = self.views(landmarks)
         pictures = resample(images.float() / 255, views, INPUT_SIDE)
         points = place(landmarks, views, INPUT_SIDE)
-        mirror = torch.tensor(FLIP, device=self.device)
+        mirror = constant(FLIP, self.device)
         points = torch.where(flipped[:, None, None], points[:, mirror], points)
+        if self.mouths is not None:
+            some = round(len(images) * WARPED)
+            changed, moved = self.grimace(pictures[:some], points[:some], self.mouths)
+            pictures = torch.cat((changed, pictures[some:]))
+            points = torch.cat((moved, points[some:]))
         return self.spoil(pictures).clamp(0, 1) * 2 - 1, points
+
+    def grimace(self, pictures: Tensor, points: Tensor, mouths: Mouths) -> tuple[Tensor, Tensor]:
+        """Another expression: mouths opened or shut, eyes closed or widened, brows moved."""
+        n = len(points)
+        now = mouth_aspect_ratio(points)
+        kind = self.uniform(n)
+        opened, shut = kind < 0.55, kind > 0.85
+        ratio = torch.where(opened, self.uniform(n, low=0.1, high=1.2).maximum(now), now)
+        ratio = torch.where(shut, now * self.uniform(n, high=0.7), ratio)
+        lower = self.uniform(n, low=0.65, high=1.0)
+        chin = self.uniform(n, low=0.4, high=1.0)
+        smile = 0.06 * self.normal(n).clamp(-2, 2)
+        moved = move_mouth(points, ratio, lower, chin, smile)
+
+        kind = self.uniform(n, 1)
+        both = self.uniform(n, 1, low=0.12, high=0.8).expand(n, 2)
+        factor = torch.where(kind < 0.4, both, torch.ones_like(both))
+        factor = torch.where(kind > 0.85, self.uniform(n, 1, low=1.0, high=1.35), factor)
+        wink = torch.stack((left := self.uniform(n) < 0.5, ~left), dim=1)
+        factor = torch.where((self.uniform(n, 1) < 0.15) & wink, 1.0, factor)
+        moved = move_lids(moved, factor, self.uniform(n, low=0.6, high=1.0))
+        moved = move_brows(moved, 0.035 * self.normal(n))
+
+        where = sources(points, moved, INPUT_SIDE)
+        warped = F.grid_sample(
+            pictures, where / INPUT_SIDE * 2 - 1, padding_mode="reflection", align_corners=False
+        )
+        # A mouth that was open shows its own inside; the spline has only stretched it.
+        lent = torch.randint(len(mouths.images), (n,), generator=self.generator, device=self.device)
+        painted, _ = paint_mouths(
+            warped, moved, mouths.images[lent].float() / 255, mouths.landmarks[lent]
+        )
+        borrow = opened & ((now < 0.12) | (self.uniform(n) < 0.3))
+        return torch.where(borrow[:, None, None, None], painted, warped), moved
 
     def views(self, landmarks: Tensor) -> tuple[Tensor, Tensor]:
         """Turn ±40°, scale, stretch, shear, shift and mirror; half the views are near FFHQ's."""
@@ -130,6 +217,9 @@ class Augmentation:
         mean = images.mean(dim=(2, 3), keepdim=True)
         images = (images - mean) * torch.exp(0.25 * self.normal(n, 1, 1, 1)) + mean
         images = images * torch.exp(0.12 * self.normal(n, 3, 1, 1)) + 0.08 * self.normal(n, 1, 1, 1)
+        cast = torch.exp(-1.6 * self.uniform(n, 3, 1, 1) * self.chance(n, 0.7))
+        images = mix(images * cast / cast.amax(dim=1, keepdim=True), 0.2)
+        images = mix(images * torch.exp(-2.0 * self.uniform(n, 1, 1, 1)), 0.1)
         grey = images.mean(dim=1, keepdim=True).expand_as(images)
         images = torch.lerp(grey, images, self.uniform(n, 1, 1, 1, low=0.4, high=1.4))
         images = mix(images.mean(dim=1, keepdim=True).expand_as(images), 0.1)
@@ -148,11 +238,12 @@ class Augmentation:
         noise = 0.06 * self.uniform(n, 1, 1, 1) * self.normal(*images.shape)
         images = mix(images + noise, 0.5)
 
-        # Hands, hair and microphones: boxes of one colour or of another picture of the batch.
+        # Hands, hair and microphones: boxes of one colour, of another picture of the batch, or
+        # studded with dots, as some hats are.
+        at = (line + 1) / 2
         for _ in range(2):
             size = self.uniform(n, 2, low=0.03, high=0.17)
             centre = self.uniform(n, 2, low=0.1, high=0.9)
-            at = (line + 1) / 2
             inside = ((at - centre[:, :1]).abs() < size[:, :1])[:, None, None, :] & (
                 (at - centre[:, 1:]).abs() < size[:, 1:]
             )[:, None, :, None]
@@ -162,7 +253,21 @@ class Augmentation:
                 images.roll(1, 0),
             )
             images = torch.lerp(images, other, inside.float() * self.chance(n, 0.2))
-        return images
+        return torch.lerp(images, self.uniform(n, 3, 1, 1), self.studs(n, at))
+
+    def studs(self, n: int, at: Tensor) -> Tensor:
+        """[N, 1, R, R], 1 in the dots or stripes that one picture in ten wears in a wide box."""
+        waves = torch.exp(self.uniform(n, 2, low=math.log(8), high=math.log(30)))
+        phase = 6.3 * self.uniform(n, 2)
+        bumps = torch.sin(6.283 * waves[..., None] * at + phase[..., None])
+        stripes = self.uniform(n, 1, 1) < 0.3
+        down, across = bumps[:, 1, :, None], bumps[:, 0, None, :]
+        pattern = torch.where(stripes, down.expand(n, len(at), len(at)), down * across)
+        size = self.uniform(n, 2, 1, low=0.08, high=0.4)
+        centre = self.uniform(n, 2, 1, low=0.0, high=0.9)
+        within = (at - centre).abs() < size * constant((1.0, 0.5), self.device)[:, None]
+        inside = within[:, 1, :, None] & within[:, 0, None, :]
+        return ((pattern > 0.5) & inside).float()[:, None] * self.chance(n, 0.1)
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
@@ -187,28 +292,43 @@ def gaussian_maps(points: Tensor, sigma: float) -> Tensor:
     return bells[:, :, 1, :, None] * bells[:, :, 0, None, :]
 
 
-def losses(heatmaps: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error against Gaussians, heavier at their peaks, and the centroid's distance.
+def losses(heatmaps: Tensor, points: Tensor, sigma: float = SIGMA) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error against Gaussians, the centroid's distance, and the openings' error.
 
     Squares alone are flat at the peak, where decoding reads the fraction of a cell: so the
-    error of the centroid is trained as well, where the map has enough mass to have one.
+    error of the centroid is trained as well, where the map has enough mass to have one. Of two
+    lips that are both found a cell too low the opening is right, and of two that err in opposite
+    ways it is not: so the way from one to the other is trained as well.
+
+    Returns:
+        square: heavier at the peaks, as heavy for every sigma.
+        point, opening: means, in cells.
     """
     heatmaps = heatmaps.float()
-    targets = gaussian_maps(points, SIGMA)
-    square = ((1 + PEAK_WEIGHT * targets) * (heatmaps - targets) ** 2).sum(dim=(2, 3)).mean()
+    weights = constant(GROUP_WEIGHTS, heatmaps.device)
+    targets = gaussian_maps(points, sigma)
+    error = ((1 + PEAK_WEIGHT * targets) * (heatmaps - targets) ** 2).sum(dim=(2, 3))
+    square = (weights * error).mean() * (SIGMA / sigma) ** 2
 
     cells = points * (HEATMAP_SIDE / INPUT_SIDE) - 0.5
     at = torch.arange(HEATMAP_SIDE, device=points.device, dtype=points.dtype)
-    near = ((at - cells.round()[..., None]).abs() <= 3).float()
+    near = ((at - cells.round()[..., None]).abs() <= math.ceil(2.5 * sigma)).float()
     mass = heatmaps.clamp_min(0) * near[:, :, 1, :, None] * near[:, :, 0, None, :]
     total = mass.sum(dim=(2, 3))
     total_safe = total.clamp_min(1)
     x = (mass.sum(dim=2) * at).sum(dim=2) / total_safe
     y = (mass.sum(dim=3) * at).sum(dim=2) / total_safe
     inside = ((cells > 3) & (cells < HEATMAP_SIDE - 4)).all(dim=2) & (total > 1)
-    distance = ((x - cells[..., 0]) ** 2 + (y - cells[..., 1]) ** 2 + 1e-4).sqrt()
-    point = (distance * inside).sum() / inside.sum().clamp_min(1)
-    return square, point
+    way = torch.stack((x, y), dim=2) - cells
+    counted = inside * weights
+    distance = ((way**2).sum(dim=2) + 1e-4).sqrt()
+    point = (distance * counted).sum() / counted.sum().clamp_min(1)
+
+    upper, lower = (constant(ends, points.device) for ends in zip(*OPENINGS, strict=True))
+    both = (inside[:, upper] & inside[:, lower]).float()
+    error = (((way[:, lower] - way[:, upper]) ** 2).sum(dim=2) + 1e-4).sqrt()
+    opening = (error * both).sum() / both.sum().clamp_min(1)
+    return square, point, opening
 
 
 @torch.no_grad()
@@ -257,15 +377,77 @@ def save(network: nn.Module, path: Path, metadata: dict[str, object]) -> None:
 def follow(average: nn.Module, network: nn.Module, step: int) -> None:
     """Move the EMA (weights and batch statistics) towards the network."""
     keep = min(0.998, (1 + step) / (10 + step))
-    for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(now, 1 - keep)
+    pairs = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    # One kernel instead of one per tensor, of which there are hundreds.
+    torch._foreach_lerp_(list(means), list(values), 1 - keep)
 
 
 def learning_rate(progress: float, peak: float) -> float:
     """Linear warm-up over 3 % of the time, then half a cosine to 0."""
     warm = min(1.0, progress / 0.03)
     return peak * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
+
+
+def begin(width: int, path: Path | None) -> Fan:
+    """A fresh network, or one with the weights that `save` wrote to `path`."""
+    network = Fan(width)
+    if path is not None:
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+        missing, unexpected = network.load_state_dict(tensors, strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+        if missing or unexpected:
+            raise SystemExit(f"{path}: no FAN of this kind (misfit at {(missing + unexpected)[0]})")
+    return network
+
+
+def read_unlabelled(folder: Path, side: int) -> tuple[Tensor, Tensor]:
+    """FFHQ-aligned pictures of one size, mirrored beyond their border to `side`.
+
+    Returns:
+        images: [N, 3, side, side], uint8.
+        views: [N, 2, 3], the original picture (unit square) in px of them.
+    """
+    paths = sorted(folder.glob("*.jpg"))
+    if not paths:
+        raise SystemExit(f"{folder}: no .jpg file there; scripts/render_faces.py makes some")
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    inner = pixels.shape[1]
+    before = (side - inner) // 2
+    after = side - inner - before
+    padded = np.pad(pixels, ((0, 0), (before, after), (before, after), (0, 0)), mode="reflect")
+    view = torch.tensor([[inner, 0, before], [0, inner, before]], dtype=torch.float32)
+    return torch.from_numpy(padded).permute(0, 3, 1, 2), view.expand(len(paths), 2, 3).clone()
+
+
+@torch.no_grad()
+def annotate(teacher: nn.Module, images: Tensor, views: Tensor) -> Tensor:
+    """The median of what `teacher` finds in eight views of each picture, px of `images`."""
+    mirror = torch.tensor(FLIP, device=images.device)
+    found = []
+    for angle, scale, flipped in (
+        *((0.0, 1.0, False), (0.0, 1.0, True), (0.1, 1.0, False), (-0.1, 1.0, True)),
+        *((0.0, 0.9, True), (0.0, 1.1, False), (0.15, 0.95, True), (-0.15, 1.05, False)),
+    ):
+        sign = -1.0 if flipped else 1.0
+        turn = torch.tensor(
+            [
+                [scale * math.cos(angle) * sign, -scale * math.sin(angle)],
+                [scale * math.sin(angle) * sign, scale * math.cos(angle)],
+            ],
+            device=images.device,
+        )
+        linear = views[:, :, :2] @ turn
+        centre = views.sum(dim=2) - views[:, :, :2].sum(dim=2) / 2
+        seen = torch.cat((linear, (centre - linear.sum(dim=2) / 2)[:, :, None]), dim=2)
+        points = []
+        for part, view in zip(images.split(32), seen.split(32), strict=True):
+            shown = resample(part.float() / 127.5 - 1, view, INPUT_SIDE)
+            at = decode(teacher(shown.contiguous(memory_format=torch.channels_last)), 1.0)
+            points.append(at @ view[:, :, :2].transpose(1, 2) + view[:, None, :, 2])
+        all_points = torch.cat(points)
+        found.append(all_points[:, mirror] if flipped else all_points)
+    return torch.stack(found).median(dim=0).values
 
 
 def main() -> None:
@@ -276,9 +458,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="wall time, all included")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--sigma", type=float, default=SIGMA, help="width of the maps, cells")
+    parser.add_argument("--start", type=Path, help="weights to go on from")
+    parser.add_argument("--unlabelled", type=Path, help="folder of aligned faces, NAME.jpg")
+    parser.add_argument("--teacher", type=Path, help="weights (width 256) that annotate them")
+    parser.add_argument("--share", type=float, default=0.25, help="of a batch that is unlabelled")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.unlabelled and not args.teacher:
+        parser.error("--unlabelled needs a --teacher")
 
     start = time.monotonic()
     torch.manual_seed(args.seed)
@@ -289,13 +478,24 @@ def main() -> None:
     images, landmarks = (t.to(device) for t in read_faces(args.data / "train"))
     val_images, val_landmarks = (t.to(device) for t in read_faces(args.data / "val"))
     odds = sampling_weights(landmarks)
+    mouths = find_mouths(images, landmarks)
+    if args.unlabelled:
+        extra, extra_views = (
+            t.to(device) for t in read_unlabelled(args.unlabelled, images.shape[3])
+        )
+        teacher = begin(256, args.teacher).to(device, memory_format=torch.channels_last).eval()
+        extra_landmarks = annotate(teacher, extra, extra_views)
+        more = sampling_weights(extra_landmarks)
+        more = more * (args.share / (1 - args.share) * odds.sum() / more.sum())
+        images = torch.cat((images, extra))
+        landmarks, odds = torch.cat((landmarks, extra_landmarks)), torch.cat((odds, more))
     print(
         f"[{time.monotonic() - start:5.0f} s] {len(images)} + {len(val_images)} faces of "
-        f"{images.shape[3]} px, {int((odds > 1).sum())} shown more often",
+        f"{images.shape[3]} px, {len(mouths.images)} mouths to borrow",
         flush=True,
     )
 
-    network = Fan(args.width).to(device, memory_format=torch.channels_last)
+    network = begin(args.width, args.start).to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     decayed = [p for p in network.parameters() if p.ndim == 4]
     plain = [p for p in network.parameters() if p.ndim != 4]
@@ -307,27 +507,30 @@ def main() -> None:
         lr=args.lr,
         fused=device.type == "cuda",
     )
-    augmentation = Augmentation(device, args.seed)
+    augmentation = Augmentation(device, args.seed, mouths)
     metadata: dict[str, object] = {
         "architecture": "fan",
         "width": args.width,
+        "sigma": args.sigma,
         "recipe": {
             "batch": args.batch,
             "lr": args.lr,
             "minutes": args.minutes,
             "seed": args.seed,
+            "fine_tuned": args.start is not None,
+            "unlabelled": len(extra) if args.unlabelled else 0,
         },
     }
 
     # Evaluation and writing take a few seconds, more on a CPU or a shared GPU: measure them.
     before = time.monotonic()
     evaluate(average, val_images, val_landmarks)
-    reserve = 5 + 4 * (time.monotonic() - before)
+    reserve = 3 + 1.5 * (time.monotonic() - before)
     training = time.monotonic()
     span = max(5.0, 60 * args.minutes - (training - start) - reserve)
 
     step, printed, saved = 0, training, training
-    running = torch.zeros(2, device=device)
+    running = torch.zeros(3, device=device)
     counted = 0
     while (progress := (time.monotonic() - training) / span) < 1:
         for group in optimizer.param_groups:
@@ -339,21 +542,21 @@ def main() -> None:
             views, points = augmentation.draw(images[batch], landmarks[batch])
         with torch.autocast(device.type, dtype=torch.bfloat16):
             heatmaps = network(views.contiguous(memory_format=torch.channels_last))
-        square, point = losses(heatmaps, points)
+        square, point, opening = losses(heatmaps, points, args.sigma)
         optimizer.zero_grad(set_to_none=True)
-        (square + POINT_WEIGHT * point).backward()
+        (square + POINT_WEIGHT * point + OPENING_WEIGHT * opening).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 20.0)
         optimizer.step()
         follow(average, network, step)
-        running += torch.stack((square.detach(), point.detach()))
+        running += torch.stack((square, point, opening)).detach()
         counted += 1
         step += 1
         now = time.monotonic()
         if now - printed > 15:
-            square_mean, point_mean = (running / counted).tolist()
+            means = (running / counted).tolist()
             print(
                 f"[{now - start:5.0f} s] step {step} ({1000 * (now - printed) / counted:.0f} ms) "
-                f"squares {square_mean:.3f} centroid {point_mean:.3f} cells",
+                f"squares {means[0]:.3f} centroid {means[1]:.3f} opening {means[2]:.3f} cells",
                 flush=True,
             )
             running.zero_()
