@@ -151,8 +151,8 @@ class _Session:
         try:
             context = self.bench.context(members[0][1].config)
             ready = list(self._align(members, context))
-            if ready:
-                self._project(ready, context)
+            for portion in self._portions(ready):
+                self._project(portion, context)
         except Interrupted:
             for index, job in self._left(members):
                 reason = "stopped while its look was inverted"
@@ -250,6 +250,22 @@ class _Session:
             landmarks = decode(context.heatmap_network(image), generator.resolution)
         return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
 
+    def _portions(self, ready: Sequence[tuple[int, Job]]) -> Iterator[Sequence[tuple[int, Job]]]:
+        """As many jobs at a time as the memory holds, if that is to be found out."""
+        if not ready:
+            return
+        config = ready[0][1].config
+        size = len(ready)
+        if config.hardware.batch_size == "auto" and size > 1:
+            size = max(1, self.bench.count_rows(config) // config.latent.starts)
+        # Portions of about one size, so that what is compiled for one serves the others.
+        count = -(-len(ready) // size)
+        size = -(-len(ready) // count)
+        if count > 1:
+            log.info("the memory holds %d of %d jobs at a time", size, len(ready))
+        for first in range(0, len(ready), size):
+            yield ready[first : first + size]
+
     # -- the stages -----------------------------------------------------------------------
 
     def _project(self, members: Sequence[tuple[int, Job]], context: Context) -> None:
@@ -279,7 +295,7 @@ class _Session:
         if inverted is not None:
             start = self._head_start(jobs, context, targets, start)
         starts = Starts(config.latent.starts, config.latent.starts_spread)
-        objective = self._objective(starts.repeat(jobs), context, starts.repeat_targets(targets))
+        objective = self._objective(starts.repeat(jobs), starts.repeat_targets(targets))
         moves = mark_moving(config.latent.moving_ws, start.ws)
         seeds = [job.config.seed for job in jobs]
         states = [state for job in jobs if job.state for state in starts.split(job.state)]
@@ -287,7 +303,7 @@ class _Session:
         with ProgressBar(config.optimizer.steps, first_step=jobs[0].first_step, title=title) as bar:
             follower = Follower(members, bar, self.outcomes, self.settle, self.stop)
             final = project(
-                context,
+                self.bench.stepping_context(config),
                 objective,
                 starts.scatter(start, seeds, context.latent_statistics.w_std, moves),
                 _schedule(config.optimizer),
@@ -412,7 +428,7 @@ class _Session:
             landmark_weights=torch.stack(weights).to(device),
         )
 
-    def _objective(self, jobs: Sequence[Job], context: Context, targets: Targets) -> Objective:
+    def _objective(self, jobs: Sequence[Job], targets: Targets) -> Objective:
         terms = self.bench.terms(jobs[0].config)
         weights = [
             {
@@ -421,7 +437,7 @@ class _Session:
             }
             for job in jobs
         ]
-        return Objective.bind(terms, weights, context, targets)
+        return Objective.bind(terms, weights, self.bench.stepping_context(jobs[0].config), targets)
 
     def _start(
         self, jobs: Sequence[Job], context: Context, targets: Targets
@@ -442,8 +458,8 @@ class _Session:
             mean,
             _schedule(config.latent.inversion),
             seeds=[job.config.seed for job in jobs],
-            context=context,
-            bind=lambda rows: self._look_objective(jobs, rows, context, targets),
+            context=self.bench.stepping_context(config),
+            bind=lambda rows: self._look_objective(jobs, rows, targets),
             store=InversionStore(
                 Path(config.output_dir) / ".inversions", config.recording.save_every_seconds
             ),
@@ -490,12 +506,12 @@ class _Session:
         return replace(start, ws=ws)
 
     def _look_objective(
-        self, jobs: Sequence[Job], rows: Sequence[int], context: Context, targets: Targets
+        self, jobs: Sequence[Job], rows: Sequence[int], targets: Targets
     ) -> Objective:
         """The objective of some jobs' looks alone."""
         chosen = list(rows)
         looks = Targets(look=targets.look[chosen], look_landmarks=targets.look_landmarks[chosen])
-        objective = self._objective([jobs[row] for row in rows], context, looks)
+        objective = self._objective([jobs[row] for row in rows], looks)
         if not objective.names:
             raise LmexpError(
                 "latent.start: inversion needs a loss term of the look with weight > 0, such as "

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmexp import expression_map
+from lmexp import expression_map, rehearsal
 from lmexp.acceleration import Acceleration
-from lmexp.config import Component, Experiment, Hardware, Latent, digest
+from lmexp.config import MOST_AT_ONCE, Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap
+from lmexp.landmarks import groups
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
 from lmexp.recording.progress import ProgressBar
-
 
 _HALF = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,6 +44,22 @@ class Workbench:
     def stepping_context(self, config: Experiment) -> Context:
         """The context as a projection's steps use it, with what `hardware` makes faster."""
         return self.context(config).accelerated(self.acceleration)
+
+    def count_rows(self, config: Experiment) -> int:
+        """How many rows of a batch the device's memory holds, measured once; 1 on a CPU."""
+        if self.device.type != "cuda":
+            return 1
+        plain = config.model_dump(mode="json", by_alias=True)
+        key = digest(["rows", *(plain[part] for part in ("generator", "landmarks", "loss"))])
+        if key not in self._built:
+            # Compilation and graphs take no more, and would take time here.
+            context = self.context(config).accelerated(Acceleration(half=self.acceleration.half))
+            weights = groups.expand(config.landmark_weights.model_dump())
+            self._built[key] = rehearsal.count_rows(
+                context, self.terms(config), weights, config.latent.space, MOST_AT_ONCE
+            )
+        rows: int = self._built[key]
+        return rows
 
     def terms(self, config: Experiment) -> dict[str, Term]:
         return {name: self.component(spec) for name, spec in config.loss.items()}
@@ -112,4 +128,6 @@ def _open_device(hardware: Hardware) -> torch.device:
                 f"hardware.device: cuda:{device.index}, but there are {count} GPUs; "
                 f"choices: {', '.join(f'cuda:{i}' for i in range(count))}"
             )
+        # Else whatever is opened without a name (pinned memory, streams) is opened on GPU 0.
+        torch.cuda.set_device(device)
     return device

@@ -1,17 +1,30 @@
-"""The same run on a GPU: nothing but `hardware=cuda` changes."""
+"""The same runs on a GPU: nothing but `hardware` changes."""
 
 from __future__ import annotations
 
+import gc
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from lmexp import cli
+from lmexp.acceleration import Acceleration
 from lmexp.generators.stylegan2 import StyleGAN2Random
+from lmexp.generators.tiny_random import TinyRandom
+from lmexp.latents import Latents, measure, start_at_mean
+from lmexp.losses.noise import NoiseRegularization
+from lmexp.losses.objective import Objective
+from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.projection import State, Step, project
 from lmexp.recording.run_folder import RunFolder
+from lmexp.schedule import Schedule
 
 TINY = [
     "experiment=debug",
@@ -50,6 +63,170 @@ def test_a_run_on_cuda_comes_to_what_it_does_on_the_cpu(
         "CUDA" in RunFolder(on_cuda).read_summary()["device"]
         or torch.cuda.get_device_name(0) in RunFolder(on_cuda).read_summary()["device"]
     )
+
+
+class Colours:
+    """Mean square difference of the pixels, random by the draws, as views are."""
+
+    weight = 1.0
+    needs_expression: ClassVar[bool] = False
+
+    def __init__(self, reads_back: bool = False, nan_from: int | None = None) -> None:
+        self.reads_back = reads_back
+        self.nan_from = nan_from
+
+    def bind(self, context: Context, targets: Targets) -> BoundTerm:
+        def evaluate(candidate: Candidate) -> Tensor:
+            assert candidate.draws is not None
+            shift = candidate.draws.views(1.0)[:, 0, 2].reshape(-1, 1, 1, 1)
+            values = (candidate.images + shift - targets.look).square().mean((1, 2, 3))
+            if self.nan_from is not None:
+                now = candidate.draws.get("now", lambda step: torch.tensor(step))
+                second = torch.arange(len(values), device=values.device) == 1
+                values = torch.where(second & (now >= self.nan_from), torch.nan, values)
+            if self.reads_back:
+                values = values * float(values.detach().mean() > 0)
+            return values
+
+        return evaluate
+
+
+def project_tiny(
+    *,
+    graphs: bool,
+    colours: Colours | None = None,
+    first_step: int = 0,
+    resume: list[State] | None = None,
+    callback: Callable[[Step], None] | None = None,
+) -> Latents:
+    device = torch.device("cuda")
+    generator: Any = TinyRandom(resolution=32, dim=16, channels=8).to(device)
+    statistics = measure(generator, 200, 0, device)
+    context = Context(generator, generator, statistics).accelerated(Acceleration(graphs=graphs))
+    look = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    terms: Any = {"colours": colours or Colours(), "noise": NoiseRegularization()}
+    weights = [{"colours": 1.0, "noise": weight} for weight in (1e2, 1e3, 0.0)]
+    targets = Targets(look, torch.zeros(3, 68, 2, device=device))
+    seeds = (3, 5, 8)
+    start = start_at_mean(generator, statistics, space="w_plus", seeds=seeds, device=device)
+    return project(
+        context,
+        Objective.bind(terms, weights, context, targets),
+        start,
+        Schedule(steps=12, learning_rate=0.05),
+        seeds=seeds,
+        first_step=first_step,
+        resume=resume,
+        callback=callback,
+    )
+
+
+def test_replaying_a_graph_is_taking_the_steps() -> None:
+    totals: dict[bool, list[Tensor]] = {False: [], True: []}
+    images: dict[bool, list[Tensor]] = {False: [], True: []}
+    final = {}
+    for graphs in (False, True):
+
+        def note(step: Step, graphs: bool = graphs) -> None:
+            totals[graphs].append(step.losses.total.detach().clone())
+            images[graphs].append(step.candidate.images.detach().clone())
+
+        final[graphs] = project_tiny(graphs=graphs, callback=note)
+    for kept in (totals, images):
+        assert len(kept[True]) == 12
+        for one, other in zip(kept[True], kept[False], strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
+    assert (totals[True][0] - totals[True][5]).abs().min() > 1e-4  # it moves, and sees new draws
+    torch.testing.assert_close(final[True].ws, final[False].ws, rtol=0, atol=5e-3)
+    for noise in final[True].noise_bufs:
+        torch.testing.assert_close(
+            noise.square().mean((1, 2, 3)), torch.ones(3, device="cuda"), rtol=1e-4, atol=0
+        )
+
+
+def test_a_stopped_graph_goes_on() -> None:
+    saved: list[State] = []
+
+    def save(step: Step) -> None:
+        if step.step == 6:
+            saved.extend(step.states(k) for k in range(3))
+
+    whole = project_tiny(graphs=True, callback=save)
+    resumed = project_tiny(graphs=True, first_step=7, resume=saved)
+    torch.testing.assert_close(resumed.ws, whole.ws, rtol=0, atol=5e-3)
+
+
+def test_a_job_dies_within_a_graph_and_no_other() -> None:
+    alive: list[tuple[bool, ...]] = []
+    colours = Colours(nan_from=8)
+    final = project_tiny(graphs=True, colours=colours, callback=lambda s: alive.append(s.alive))
+    assert alive == [(True, step < 8, True) for step in range(12)]
+    healthy = project_tiny(graphs=True)
+    for job in (0, 2):
+        torch.testing.assert_close(final.ws[job], healthy.ws[job], rtol=0, atol=5e-3)
+    assert torch.isfinite(final.ws).all() and not torch.equal(final.ws[1], healthy.ws[1])
+
+
+def test_a_term_that_reads_back_goes_without_a_graph_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    steps: list[int] = []
+    with caplog.at_level("WARNING", logger="lmexp"):
+        final = project_tiny(
+            graphs=True, colours=Colours(reads_back=True), callback=lambda s: steps.append(s.step)
+        )
+    assert "hardware.graphs: a step does not fit into one" in caplog.text
+    assert steps == list(range(12))
+    plain = project_tiny(graphs=False)
+    torch.testing.assert_close(final.ws, plain.ws, rtol=0, atol=5e-3)
+
+
+def test_cuda_fast_comes_to_what_cuda_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    last = {}
+    for choice in ("cuda", "cuda_fast"):
+        words = [*TINY, "optimizer.steps=30", f"hardware={choice}", f"output_dir={choice}"]
+        lines = list(RunFolder(run(monkeypatch, *words)).read_metrics())
+        last[choice] = lines[-1]["loss"]
+        assert lines[-1]["loss"] < lines[0]["loss"]
+    assert last["cuda_fast"] == pytest.approx(last["cuda"], rel=0.05)
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(6 * 2**30 / total)
+    words = ["generator=mobile_1024", "optimizer.steps=6", "latent.start=mean", "tracker=none"]
+    words += ["scores=none", "figure=[]", "inputs.look=generated:1", "recording.video_frames=0"]
+    sweep = ["-m", f"seed={','.join(map(str, range(12)))}", "hardware=cuda"]
+    try:
+        monkeypatch.setattr(
+            sys, "argv", ["lmexp", *words, *sweep, "hardware.batch_size=12", "output_dir=runs"]
+        )
+        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", logger="lmexp"):
+            cli.main()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert stop.value.code == 0
+    states = [json.loads(p.read_text())["state"] for p in Path("runs").glob("**/status.json")]
+    assert states == ["finished"] * 12
+    assert "the GPU's memory does not hold 12 jobs; going on with 6" in caplog.text
+
+
+def test_the_size_of_a_batch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["optimizer.steps=4", "latent.start=mean", "tracker=none", "scores=none", "figure=[]"]
+    words += ["-m", "seed=1,2,3", "hardware=cuda", "output_dir=runs"]
+    monkeypatch.setattr(sys, "argv", ["lmexp", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
+    assert [summary["batch_size"] for summary in summaries] == [3, 3, 3]
 
 
 def test_the_packaged_networks_run_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

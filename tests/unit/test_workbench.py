@@ -41,6 +41,9 @@ def test_no_gpu_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with pytest.raises(LmexpError, match=r"cuda:5, but there are 2 GPUs; choices: cuda:0, cuda:1"):
         Workbench(hardware("cuda:5"))
     assert Workbench(hardware("cuda:1")).device == torch.device("cuda:1")
+    assert chosen == [torch.device("cuda:1")]
