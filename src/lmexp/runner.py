@@ -390,6 +390,8 @@ class _Session:
                 "seconds": time.monotonic() - began,
                 "batch_size": len(members),
                 "device": provenance.describe_device(self.bench.device),
+                "device_uuid": provenance.identify_device(self.bench.device),
+                "hardware": job.config.hardware.model_dump(mode="json"),
                 "versions": provenance.describe_versions(),
                 "git": self.git.as_dict() if self.git else None,
                 "weights_sha256": digests,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -227,6 +230,43 @@ def test_the_size_of_a_batch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert stop.value.code == 0
     summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
     assert [summary["batch_size"] for summary in summaries] == [3, 3, 3]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_sweep_on_all_gpus_uses_each_and_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["optimizer.steps=60", "latent.start=mean", "tracker=none", "scores=none", "figure=[]"]
+    seeds = ",".join(map(str, range(8)))
+    words += ["-m", f"seed={seeds}", "hardware=cuda", "hardware.devices=all", "output_dir=runs"]
+    monkeypatch.setattr(
+        sys, "argv", ["lmexp", *words, "hardware.batch_size=2", "recording.video_frames=0"]
+    )
+    seen: dict[int, set[str]] = {}  # process -> GPUs that it has memory on
+    over = threading.Event()
+
+    def watch() -> None:
+        query = ["nvidia-smi", "--query-compute-apps=pid,gpu_uuid", "--format=csv,noheader"]
+        while not over.wait(0.5):
+            for line in subprocess.check_output(query, text=True).splitlines():
+                pid, uuid = line.split(", ")
+                seen.setdefault(int(pid), set()).add(uuid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        over.set()
+        watcher.join()
+    assert stop.value.code == 0
+    summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
+    assert len(summaries) == 8
+    assert len({summary["device_uuid"] for summary in summaries}) == torch.cuda.device_count()
+    # Where the driver names processes (not in every container), each is on one GPU alone.
+    assert all(len(uuids) == 1 for pid, uuids in seen.items() if pid != os.getpid())
 
 
 def test_the_packaged_networks_run_on_cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

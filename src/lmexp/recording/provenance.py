@@ -88,6 +88,14 @@ def describe_device(device: torch.device | str) -> str:
     return str(device)
 
 
+def identify_device(device: torch.device | str) -> str | None:
+    """The GPU's UUID, as nvidia-smi lists it: which of several it was; None for a CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def describe_git(package: Path | None = None) -> GitState | None:
     """The checkout that lmexp runs from.
 
