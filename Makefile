@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A process a core, each with a thread of its own; the GPU's tests follow, one at a time, for they
+# share its memory.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test setup weights lint clean
 
@@ -12,7 +15,9 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --cov --cov-fail-under=90
+	$(PYTEST) --ignore tests/gpu --cov --cov-report= \
+	  --numprocesses logical --maxprocesses 8 --dist worksteal
+	$(PYTEST) tests/gpu --cov --cov-append --cov-fail-under=90
 
 setup: $(VENV)/.complete weights
 

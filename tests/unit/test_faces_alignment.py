@@ -28,7 +28,7 @@ def test_the_ffhq_square_is_what_the_paper_says(eyes: float, mouth: float, width
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     angle=st.floats(-180, 180),
     scale=st.floats(0.1, 9),
