@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from lmexp.errors import LmexpError
 from lmexp.figures.runs import read_sweep
 from lmexp.metrics.protocol import Exhibits
 from lmexp.recording.run_folder import RunFolder
+from lmexp.runner import run
 
 SCRIPT = conf_folder().parent / "scripts" / "compare_recipes.py"
 TINY = [
@@ -68,7 +70,7 @@ def test_runs_then_scores_then_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(script, "build_scores", Flat)
+    monkeypatch.setattr(script, "build_scores", lambda choice: Flat())
     out = tmp_path / "out"
     words = ["--out", str(out), "--looks", "generated:1", "--expressions", "generated:2"]
     words += ["generated:3", "--recipes", "plain=", "mean=latent.start=mean seed=3"]
@@ -109,7 +111,7 @@ def test_runs_then_scores_then_again(
 def test_a_job_without_a_result_is_counted(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(script, "build_scores", Flat)
+    monkeypatch.setattr(script, "build_scores", lambda choice: Flat())
     out = tmp_path / "out"
     words = ["--out", str(out), "--looks", "generated:1", str(tmp_path / "none.jpg")]
     words += ["--expressions", "generated:2", "--recipes", "plain=", "--common", *TINY]
@@ -119,6 +121,48 @@ def test_a_job_without_a_result_is_counted(
     assert failure["pair"] == "none + generated:2" and "no file" in failure["reason"]
     (row,) = [row for row in report["rows"] if not row["baseline"]]
     assert (row["pairs"], row["asked"], row["failures"]) == (1, 2, 1)
+
+
+def test_stopped_by_the_clock_then_gone_on_with(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(script, "build_scores", lambda choice: Flat())
+    out = tmp_path / "out"
+    words = ["--out", str(out), "--looks", "generated:1", "--expressions", "generated:2"]
+    words += ["--recipes", "a=", "b=latent.start=mean", "--common", *TINY]
+
+    def run_one(requests: Any, root: Path, name: str, *, stop: Any, settle: Any) -> None:
+        """The runner, whose time is up after the first job."""
+        run(requests[:1], root, name, stop=stop, settle=settle)
+        stop.ask()
+        run(requests, root, name, stop=stop, settle=settle)
+
+    monkeypatch.setattr(script, "run", run_one)
+    assert script.main(words) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 jobs are left; the same command goes on with them" in said
+    assert "| a | 1 | 0 of 1 |" in said and "| b |" not in said
+    states = [job["state"] for job in json.loads((out / "index.json").read_text())["jobs"]]
+    assert states == ["skipped", "interrupted"]
+
+    monkeypatch.setattr(script, "run", run)
+    assert script.main([*words, "--seconds", "600", "--inversion-of", "a"]) == 0
+    assert "| b | 1 | 0 of 1 |" in capsys.readouterr().out
+    assert script.main([*words, "--inversion-of", "c"]) == 2
+    assert "--inversion-of c: no such recipe here; choices: a, b" in capsys.readouterr().err
+
+
+def test_a_limit_of_time_asks_to_stop(script: ModuleType) -> None:
+    with script._limit(0.01) as stop:
+        deadline = time.monotonic() + 5
+        while not stop.requested and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.requested
+    with script._limit(None) as stop:
+        assert not stop.requested
 
 
 def test_what_comes_with_the_project_composes(script: ModuleType, tmp_path: Path) -> None:

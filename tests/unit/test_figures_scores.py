@@ -16,6 +16,7 @@ from lmexp.figures.gallery import list_figures, make_all
 from lmexp.figures.pareto import Pareto, find_front, find_knee
 from lmexp.figures.runs import read_sweep
 from lmexp.figures.score_table import escape
+from lmexp.recording.run_folder import RunFolder
 
 NUMBERS = [(0.5, 0.30), (0.45, 0.12), (0.2, 0.08), (0.15, 0.20)]
 """Identity and mouth error: three on the front, the second its knee, the last beaten."""
@@ -65,8 +66,6 @@ def test_recipes_over_pairs_are_rows_of_means(tmp_path: Path) -> None:
         [({"recipe": name}, run_scores(*n)) for name, n in zip("aabc", NUMBERS, strict=True)],
     )
     # The two of recipe "a" are of two pairs.
-    from lmexp.recording.run_folder import RunFolder
-
     second = RunFolder(tmp_path / "001")
     second.write_summary({**second.read_summary(), "label": "c+d"})
     (table,) = (path for path in make_all(tmp_path, only="score_table") if path.suffix == ".csv")
@@ -76,6 +75,13 @@ def test_recipes_over_pairs_are_rows_of_means(tmp_path: Path) -> None:
     assert rows["b"]["pairs"] == "1"
     text = next(p for p in make_all(tmp_path, only="pareto") if p.suffix == ".txt").read_text()
     assert text.splitlines()[0].startswith("recipe ")
+    # scripts/compare_recipes.py leaves a recipe's overrides in the summaries.
+    for number, name in enumerate("aabc"):
+        run = RunFolder(tmp_path / f"{number:03d}")
+        words = [name, f"loss.lpips.mask=[{name}]"]
+        run.write_summary({**run.read_summary(), "overrides": words})
+    text = next(p for p in make_all(tmp_path, only="pareto") if p.suffix == ".txt").read_text()
+    assert text.splitlines()[0].startswith("'loss.lpips.mask=[")
 
 
 def test_pareto_marks_the_knee_and_gives_its_line(sweep: Path) -> None:
@@ -100,6 +106,54 @@ def test_pareto_draws_what_lies_beside(sweep: Path, tmp_path: Path) -> None:
     assert stem == "pareto"
     # Its own axes, and a picture for each of the five runs that finds room.
     assert len(drawn.axes) == 6
+
+
+def test_runs_that_differ_by_photos_alone_are_one_point(tmp_path: Path) -> None:
+    runs = []
+    for pair in ("a+b", "c+d"):
+        for weight, numbers in zip((16, 4, 1), NUMBERS[:3], strict=True):
+            factor = 1.0 if pair == "a+b" else 0.5
+            runs.append(
+                (
+                    {"loss.lpips.weight": weight, "inputs.look": f"{pair[0]}.jpg"},
+                    run_scores(factor * numbers[0], factor * numbers[1]),
+                )
+            )
+    record_scored_sweep(tmp_path / "sweep", runs)
+    for number in range(3, 6):
+        second = RunFolder(tmp_path / "sweep" / f"{number:03d}")
+        second.write_summary({**second.read_summary(), "label": "c+d"})
+    record_scored_sweep(
+        tmp_path / "theirs", [({"inputs.look": f"{k}.jpg"}, run_scores(0.1, 0.2)) for k in "ac"]
+    )
+    figure = Pareto(beside=(f"published={tmp_path / 'theirs'}",))
+    points = figure.points(read_sweep(tmp_path / "sweep"))
+    own = [point for point in points if point.kind == "sweep"]
+    assert [point.overrides for point in own] == [f"loss.lpips.weight={w}" for w in (16, 4, 1)]
+    assert [point.kept for point in own] == pytest.approx([0.75 * n[0] / 0.5 for n in NUMBERS[:3]])
+    (beside,) = [point for point in points if point.kind == "beside"]
+    assert beside.label == "published" and beside.kept == pytest.approx(0.2)
+    (same,) = {
+        point.label
+        for point in Pareto(beside=(str(tmp_path / "theirs"),)).points(
+            read_sweep(tmp_path / "sweep")
+        )
+        if point.kind == "beside"
+    }
+    assert same == "weights"  # the sweep's own name
+
+
+def test_runs_far_beyond_the_inversion_are_in_the_plot(tmp_path: Path) -> None:
+    record_scored_sweep(
+        tmp_path,
+        [
+            ({"seed": k}, run_scores(*n))
+            for k, n in enumerate([(0.9, 0.3), (0.7, 0.1), (0.2, 0.05)])
+        ],
+    )
+    ((_, drawn),) = Pareto().draw(read_sweep(tmp_path))
+    low, high = drawn.axes[0].get_xlim()
+    assert low < 0.4 and 1.8 < high < 2.2
 
 
 def test_front_leaves_out_what_is_beaten() -> None:

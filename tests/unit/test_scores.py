@@ -44,12 +44,14 @@ class PretendJudge:
 
 class PretendNetwork(torch.nn.Module):
     weights_sha256 = "p"
+    seen: list[tuple[int, ...]] = []  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
         self.channel_weights = [torch.ones(3)]
 
     def features(self, images: torch.Tensor) -> list[torch.Tensor]:
+        self.seen.append(tuple(images.shape))
         return [images + 2]
 
 
@@ -120,6 +122,36 @@ def test_what_changed_does_not_count_outside(pretend: list[str]) -> None:
     assert changed["result"]["lpips"] > 1e-3
     assert changed["result"]["lpips_outside"] < 1e-6
     assert elsewhere["result"]["lpips_outside"] > elsewhere["result"]["lpips"] > 1e-4
+
+
+def test_a_pairs_photos_are_looked_at_once(pretend: list[str]) -> None:
+    PretendNetwork.seen.clear()
+    scores = IndependentScores(side=SIDE, likeness_side=64)
+    half = flat(0.8, 0.8, 0.25)
+    (first,) = scores.score(exhibits(half, inversion=half[None]))
+    # The look; then result, inversion and expression, each whole and outside of what changed.
+    assert PretendNetwork.seen == [(1, 3, 64, 64), (6, 3, 64, 64)]
+    (second,) = scores.score(exhibits(flat(0.1, 0.2, 0.3), inversion=half[None]))
+    assert PretendNetwork.seen[2:] == [(2, 3, 64, 64)]
+    for picture in ("look", "inversion", "expression"):
+        assert first[picture] == second[picture]
+    assert second["result"]["lpips"] != first["result"]["lpips"] == first["inversion"]["lpips"]
+    # Another mask is another measurement.
+    moved = exhibits(half, inversion=half[None])
+    moved.look_landmarks[:, 48:] -= 20
+    (third,) = scores.score(moved)
+    assert third["result"]["lpips"] == first["result"]["lpips"]
+    assert PretendNetwork.seen[3:] == [(6, 3, 64, 64)]
+
+
+def test_what_is_remembered_of_likeness_is_bounded(
+    pretend: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(independent, "_REMEMBERED", 2)
+    scores = IndependentScores(side=SIDE, likeness_side=64)
+    for red in (0.1, 0.2, 0.3):
+        scores.score(exhibits(flat(red, 0.5, 0.5)))
+    assert len(scores._likenesses) == 2
 
 
 def test_rows_are_strangers(pretend: list[str]) -> None:
@@ -285,7 +317,10 @@ def test_the_command_scores_a_folder_of_runs(
 def test_scores_are_chosen_by_name() -> None:
     assert isinstance(command.build_scores(), IndependentScores)
     assert isinstance(command.build_scores("none"), NoScores)
-    with pytest.raises(LmexpError, match="scores x: no such choice; choices: independent, none"):
+    faces = command.build_scores("faces")
+    assert isinstance(faces, IndependentScores) and faces.perceptual == ()
+    choices = "scores x: no such choice; choices: faces, independent, none"
+    with pytest.raises(LmexpError, match=choices):
         command.build_scores("x")
     assert (conf_folder() / "scores" / "none.yaml").is_file()
 
@@ -332,6 +367,16 @@ def test_a_recipe_without_an_inversion_is_held_against_the_others() -> None:
     assert alone.identity_kept is None
     (nothing,) = tabulate([ScoredRun("c", "p")])
     assert (nothing.pairs, nothing.means) == (0, {})
+
+
+def test_identity_is_held_against_the_named_recipes_inversions() -> None:
+    plain, better = run_scores(0.3, 0.1), run_scores(0.6, 0.1)
+    better["inversion"]["identity_cosine"] = 0.8
+    runs = [ScoredRun("better", "p", better), ScoredRun("plain", "p", plain)]
+    first, *_ = [row for row in tabulate(runs) if not row.baseline]
+    assert first.identity_kept == pytest.approx(0.75)
+    first, *_ = [row for row in tabulate(runs, "plain") if not row.baseline]
+    assert first.identity_kept == pytest.approx(1.2)
 
 
 # -- dlib itself --------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,18 +17,29 @@ from matplotlib.ticker import PercentFormatter
 from pydantic import Field
 
 from lmexp.figures.paper import COLOURS, GREY, INK, PAGE_WIDTH, Dpi, FontSize, Sheet, Width, wrap
-from lmexp.figures.runs import Run, Sweep, read_sweep, show_value
+from lmexp.figures.runs import (
+    Run,
+    Sweep,
+    describe_value,
+    plain,
+    read_sweep,
+    shorten_keys,
+    show_value,
+)
 from lmexp.metrics.table import Row, ScoredRun, tabulate
 from lmexp.recording.run_folder import Picture
 
 _FARTHEST = 1.25
-"""Identity kept beyond which a baseline is only pointed at: the photo itself keeps more than any
-inversion does, and would squeeze the rest together."""
+"""Identity kept beyond which a baseline is only pointed at, unless runs are there too: the photo
+itself keeps more than any inversion does, and would squeeze the rest together."""
+
+_OF_THE_PAIR = ("inputs.look", "inputs.expression", "recipe")
+"""Overrides that a line to copy leaves out: whose faces they are is the reader's own matter."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run, or one recipe over several pairs, or a baseline.
+    """One setting, its means over the pairs that it met, or a baseline.
 
     Attributes:
         label: what it is called.
@@ -36,7 +47,7 @@ class Point:
         taken: expression taken, 1 − error over the unchanged look's error; 1 is all of it.
         kind: a point of the sweep, one beside it, or a baseline.
         overrides: the line that makes it.
-        picture: its result; None for a baseline.
+        picture: its result on the first pair; None for a baseline.
     """
 
     label: str
@@ -50,10 +61,14 @@ class Point:
 class Pareto:
     """A plot of identity kept (right is better) against expression taken (up is better).
 
+    Runs that differ by their photos alone are one point, of means over the pairs.
+
     Args:
         measure: what the expression is measured by: the mouth's opening, or its shape.
-        beside: folders of finished runs of the same pair, drawn in for comparison; they do not
-            take part in the front.
+        beside: folders of finished runs or sweeps of the same pairs, drawn in for comparison; they
+            do not take part in the front. NAME=FOLDER is labelled NAME, FOLDER by what it is.
+        inversion_of: the point (by its label) whose inversions identity is held against; null:
+            the first that has any.
         width, height: of the figure, in.
         thumbnail: side of a picture, in.
         font_size: pt.
@@ -64,6 +79,7 @@ class Pareto:
         self,
         measure: Literal["mouth_error", "nme_aligned.mouth"] = "mouth_error",
         beside: tuple[str, ...] = (),
+        inversion_of: str | None = None,
         width: Width = PAGE_WIDTH,
         height: Width = 4.6,
         thumbnail: Annotated[float, Field(gt=0.05, le=3)] = 0.5,
@@ -72,6 +88,7 @@ class Pareto:
     ) -> None:
         self.measure = measure
         self.beside = beside
+        self.inversion_of = inversion_of
         self.width = width
         self.height = height
         self.thumbnail = thumbnail
@@ -89,14 +106,12 @@ class Pareto:
         return ""
 
     def points(self, sweep: Sweep) -> list[Point]:
-        """Runs (or recipes, where that is a factor), those beside them, and the baselines."""
-        by_recipe = "recipe" in sweep.factors
-        runs = [
-            (str(run.overrides["recipe"]) if by_recipe else label, run)
-            for run, label in zip(sweep.runs, sweep.labels, strict=True)
-        ]
+        """Settings (or recipes, where that is a factor), those beside them, and the baselines."""
+        runs = list(zip(_name_settings(sweep), sweep.runs, strict=True))
         others = [
-            (f"{run.label}", run) for folder in self.beside for run in read_sweep(Path(folder)).runs
+            (name, run)
+            for place in self.beside
+            for name, run in _read_beside(place, taken={name for name, _ in runs})
         ]
         kinds: dict[str, Literal["sweep", "beside"]] = {
             **dict.fromkeys((name for name, _ in others), "beside"),
@@ -106,8 +121,11 @@ class Pareto:
         for name, run in (*runs, *others):
             first.setdefault(name, run)
         rows = tabulate(
-            ScoredRun(name, str(run.summary.get("label", run.label)), run.scores)
-            for name, run in (*runs, *others)
+            (
+                ScoredRun(name, str(run.summary.get("label", run.label)), run.scores)
+                for name, run in (*runs, *others)
+            ),
+            self.inversion_of,
         )
         return [point for row in rows if (point := self._point(row, kinds, first)) is not None]
 
@@ -123,10 +141,10 @@ class Pareto:
         if row.baseline:
             return Point(row.name, row.identity_kept, 1 - share, "baseline")
         run = first[row.name]
-        words = [f"{key}={value}" for key, value in run.overrides.items() if key != "recipe"]
-        line = f"recipe {row.name}" if "recipe" in run.overrides else shlex.join(words)
         picture = run.folder.read_picture("proj")
-        return Point(row.name, row.identity_kept, 1 - share, kinds[row.name], line, picture)
+        return Point(
+            row.name, row.identity_kept, 1 - share, kinds[row.name], _write_line(run), picture
+        )
 
     def draw(self, sweep: Sweep) -> Iterator[tuple[str, Figure]]:
         """Yield "pareto"."""
@@ -141,15 +159,17 @@ class Pareto:
         sheet = Sheet(self.width, self.height, self.dpi)
         across, tall = self.width - left - 0.1, self.height - 0.1 - bottom
         axes = sheet.add_axes(left, 0.1, across, tall)
-        self._set_limits(axes, points)
+        farthest = max(_FARTHEST, *(point.kept for point in points if point.kind != "baseline"))
+        self._set_limits(axes, [point for point in points if point.kept <= farthest])
         axes.plot(
             [point.kept for point in front], [point.taken for point in front], color=COLOURS[0]
         )
         for point in points:
-            self._mark(axes, point, knee=point is knee)
-        self._add_pictures(sheet, axes, (left, 0.1, across, tall), points, knee)
+            self._mark(axes, point, knee=point is knee, farthest=farthest)
+        named = "recipe" in sweep.factors  # names of recipes are short; overrides are not
+        self._add_pictures(sheet, axes, (left, 0.1, across, tall), points, knee, named=named)
         error = "mouth opening's error" if self.measure == "mouth_error" else "aligned mouth NME"
-        axes.set_xlabel("identity kept: cosine to the look, over the plain inversion's")
+        axes.set_xlabel("identity kept: cosine to the look, over that of the look inverted")
         axes.set_ylabel(f"expression taken: 1 − {error} / unchanged look's")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -175,17 +195,16 @@ class Pareto:
         yield "pareto.txt", "\n".join([*lines, ""])
 
     def _set_limits(self, axes: Axes, points: Sequence[Point]) -> None:
-        shown = [point for point in points if point.kept <= _FARTHEST]
         for values, setter in (
-            ([point.kept for point in shown], axes.set_xlim),
-            ([point.taken for point in shown], axes.set_ylim),
+            ([point.kept for point in points], axes.set_xlim),
+            ([point.taken for point in points], axes.set_ylim),
         ):
             low, high = min(values), max(values)
             room = 0.1 * (high - low or 1.0)
             setter(low - room, high + room)
 
-    def _mark(self, axes: Axes, point: Point, *, knee: bool) -> None:
-        if point.kept > _FARTHEST:
+    def _mark(self, axes: Axes, point: Point, *, knee: bool, farthest: float) -> None:
+        if point.kept > farthest:
             axes.annotate(
                 f"{point.label} ({point.kept:.0%}) →",
                 (axes.get_xlim()[1], point.taken),
@@ -234,8 +253,14 @@ class Pareto:
         box: tuple[float, float, float, float],
         points: Sequence[Point],
         knee: Point,
+        *,
+        named: bool,
     ) -> None:
-        """Each picture beside its point, where the next free place is, tied to it by a line."""
+        """Each picture beside its point, where the next free place is, tied to it by a line.
+
+        `named`: with the point's label below.
+        """
+        line = (self.font_size - 2) / 72 * 1.2 if named else 0.0
         (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
         left, top, across, tall = box
         places = [
@@ -252,13 +277,68 @@ class Pareto:
         marks = [(x, y) for _, x, y in places]
         side, taken = self.thumbnail, list[tuple[float, float]]()
         for point, x, y in places:
-            centre = _free_place((x, y), side, taken, marks, box)
+            centre = _free_place((x, y), side, taken, marks, box, below=line)
             if centre is None:
                 continue  # the sheet is full: the point stays, without its picture
             taken.append(centre)
             assert point.picture is not None
             _tie(sheet, (x, y), centre, side, INK if point is knee else GREY)
             sheet.add_picture(point.picture, centre[0] - side / 2, centre[1] - side / 2, side)
+            if named and point.kind == "sweep":
+                sheet.add_text(
+                    show_value(point.label),
+                    centre[0],
+                    centre[1] + side / 2 + line / 2,
+                    size=self.font_size - 2,
+                    colour=INK if point is knee else GREY,
+                )
+
+
+def _name_settings(sweep: Sweep) -> list[str]:
+    """Each run's name without its photos': the recipe's, or what differs between the settings."""
+    if "recipe" in sweep.factors:
+        return [str(run.overrides["recipe"]) for run in sweep.runs]
+    keys = [key for key in sweep.factors if key not in _OF_THE_PAIR]
+    if not keys:
+        return [sweep.name] * len(sweep.runs)
+    names = dict(zip(keys, shorten_keys(keys), strict=True))
+    return [
+        ", ".join(
+            describe_value(names[key], plain(run.overrides[key]))
+            for key in keys
+            if key in run.overrides
+        )
+        for run in sweep.runs
+    ]
+
+
+def _read_beside(place: str, taken: Collection[str]) -> list[tuple[str, Run]]:
+    """The runs of a folder, or of NAME=FOLDER, by their points' names, none of them `taken`."""
+    name, given, folder = place.partition("=")
+    # A folder's own name may hold such a sign.
+    if not given or Path(place).exists():
+        name, folder = "", place
+    sweep = read_sweep(Path(folder))
+    names = _name_settings(sweep)
+    if name:
+        names = [name] if len(set(names)) == 1 else [f"{name}: {own}" for own in names]
+        names = names * (len(sweep.runs) // len(names))
+    return [
+        (f"{own} (beside)" if own in taken else own, run)
+        for own, run in zip(names, sweep.runs, strict=True)
+    ]
+
+
+def _write_line(run: Run) -> str:
+    """The overrides that make a point on anybody's photos."""
+    recipe = run.overrides.get("recipe")
+    if recipe is None:
+        return shlex.join(
+            f"{key}={value}" for key, value in run.overrides.items() if key not in _OF_THE_PAIR
+        )
+    # scripts/compare_recipes.py writes the recipe's name, then its overrides.
+    _, *words = run.summary.get("overrides") or [recipe]
+    return shlex.join(words) if words else f"recipe {recipe}"
 
 
 def _free_place(
@@ -267,15 +347,21 @@ def _free_place(
     taken: Sequence[tuple[float, float]],
     marks: Sequence[tuple[float, float]],
     box: tuple[float, float, float, float],
+    below: float = 0.0,
 ) -> tuple[float, float] | None:
-    """The nearest centre of a square of `side` that covers neither a square nor a mark, in."""
+    """The nearest centre of a square of `side` that covers neither a square nor a mark, in.
+
+    `below` is room that each square needs under itself.
+    """
     left, top, across, tall = box
     for radius in np.arange(0.62, 4.0, 0.12) * side:
         for angle in np.linspace(0, 2 * math.pi, 24, endpoint=False) - math.pi / 4:
             x, y = point[0] + radius * math.cos(angle), point[1] + radius * math.sin(angle)
             inside = left <= x - side / 2 and x + side / 2 <= left + across
-            inside = inside and top <= y - side / 2 and y + side / 2 <= top + tall
-            clear = all(max(abs(x - a), abs(y - b)) > 1.04 * side for a, b in taken)
+            inside = inside and top <= y - side / 2 and y + side / 2 + below <= top + tall
+            clear = all(
+                abs(x - a) > 1.04 * side or abs(y - b) > 1.04 * side + below for a, b in taken
+            )
             clear = clear and all(max(abs(x - a), abs(y - b)) > 0.56 * side for a, b in marks)
             if inside and clear:
                 return float(x), float(y)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -29,8 +31,8 @@ from lmexp.weights import store
 
 log = logging.getLogger("lmexp")
 
-_MASK_SIDE = 128
-"""Of the mask of what changed, before it is brought to the pictures' side."""
+_REMEMBERED = 256
+"""Likenesses of baselines that are kept: the same photos come again in every job of a sweep."""
 
 PerceptualJudge = Literal["stlpips_alex", "stlpips_vgg", "hed_vgg16"]
 
@@ -59,8 +61,10 @@ class IndependentScores:
     and its numbers are left out; the others' stay.
 
     Args:
-        side: pictures are brought to this side first, px, so that generators of different
-            resolutions are judged alike.
+        side: faces, landmarks and openings are judged on pictures of this side, px, so that
+            generators of different resolutions are judged alike.
+        likeness_side: LPIPS is measured on pictures of this side, px. Its networks' heads were
+            fitted to people's judgements of patches of 64 px.
         perceptual: networks for LPIPS; the first whose weights were not optimised judges.
         changed: regions, in both photos, that count as changed where LPIPS is measured
             outside of what changed.
@@ -73,6 +77,7 @@ class IndependentScores:
     def __init__(
         self,
         side: Annotated[int, Field(ge=128)] = 256,
+        likeness_side: Annotated[int, Field(ge=64)] = 128,
         perceptual: tuple[PerceptualJudge, ...] = ("stlpips_vgg", "hed_vgg16", "stlpips_alex"),
         changed: tuple[Region, ...] = ("mouth", "eyes", "brows"),
         dilation: Annotated[float, Field(ge=0)] = 0.08,
@@ -81,6 +86,7 @@ class IndependentScores:
         failed_nme: Annotated[float, Field(gt=0)] = 15.0,
     ) -> None:
         self.side = side
+        self.likeness_side = likeness_side
         self.perceptual = perceptual
         self.changed = changed
         self.dilation = dilation
@@ -91,19 +97,20 @@ class IndependentScores:
         self._networks: dict[str, PerceptualNetwork] = {}
         self._missing: set[str] = set()
         self._space: tuple[Tensor, GaussianSpace] | None = None
+        self._look: tuple[str, list[Tensor]] | None = None
+        self._likenesses: OrderedDict[str, dict[str, float]] = OrderedDict()
 
     @torch.no_grad()
     def score(self, exhibits: Exhibits, optimised: Collection[str] = ()) -> list[dict[str, Any]]:
         """Measure finished jobs; see `Scores.score`."""
+        shown = (
+            ("result", exhibits.result),
+            ("look", exhibits.look),
+            ("inversion", exhibits.inversion),
+            ("expression", exhibits.expression),
+        )
         pictures = {
-            name: _resize(images, self.side)
-            for name, images in (
-                ("result", exhibits.result),
-                ("look", exhibits.look),
-                ("inversion", exhibits.inversion),
-                ("expression", exhibits.expression),
-            )
-            if images is not None
+            name: _resize(images, self.side) for name, images in shown if images is not None
         }
         jobs = len(exhibits.result)
         rows: list[dict[str, Any]] = [{name: {} for name in pictures} for _ in range(jobs)]
@@ -178,36 +185,72 @@ class IndependentScores:
             return
         judges["perceptual"] = name
         judges["perceptual_weights"] = network.weights_sha256
-        look = pictures["look"]
         if isinstance(network, torch.nn.Module):
-            network.to(look.device)
-        target = [normalise(layer) for layer in network.features(look)]
+            network.to(exhibits.look.device)
+        pictures = {name: _resize(images, self.likeness_side) for name, images in pictures.items()}
         keep = keep_mask(
             (exhibits.look_landmarks, exhibits.expression_landmarks),
             self.changed,
             resolution=exhibits.look.shape[-1],
-            side=_MASK_SIDE,
+            side=self.likeness_side,
             dilation=self.dilation,
             softness=self.softness,
-        ).to(look)
-        keep = F.interpolate(keep, (self.side, self.side), mode="bilinear")
-        places = spread(keep, target)
-        channels = network.channel_weights
-        for picture, images in pictures.items():
-            if picture == "look":  # by definition; the network would take its time to say so
-                for row in rows:
-                    row[picture] |= {"lpips": 0.0, "lpips_outside": 0.0}
-                continue
-            # The look's own pixels fill what changed: features beside it see into it.
-            outside = torch.lerp(look, images, keep)
-            measured = {
-                "lpips": feature_distance(network.features(images), target, channels),
-                "lpips_outside": feature_distance(
-                    network.features(outside), target, channels, places
-                ),
-            }
-            for k, row in enumerate(rows):
-                row[picture] |= _row(measured, k)
+        ).to(pictures["look"])
+        for k, row in enumerate(rows):
+            of_job = {picture: images[k : k + 1] for picture, images in pictures.items()}
+            for picture, measured in self._measure_likeness(
+                network, of_job, keep[k : k + 1]
+            ).items():
+                row[picture] |= measured
+
+    def _measure_likeness(
+        self, network: PerceptualNetwork, pictures: Mapping[str, Tensor], keep: Tensor
+    ) -> dict[str, dict[str, float]]:
+        """One job's LPIPS to its look, by picture; what a former job has had is remembered.
+
+        Args:
+            pictures: [1, 3, s, s] each.
+            keep: [1, 1, s, s], 0 where the expression changes the face.
+        """
+        look = pictures["look"]
+        # By definition; the network would take its time to say so.
+        found = {"look": {"lpips": 0.0, "lpips_outside": 0.0}}
+        keys = {
+            picture: _digest(network.weights_sha256, look, images, keep)
+            for picture, images in pictures.items()
+            if picture != "look"
+        }
+        for picture, key in keys.items():
+            if key in self._likenesses:
+                self._likenesses.move_to_end(key)
+                found[picture] = self._likenesses[key]
+        new = [picture for picture in keys if picture not in found]
+        if not new:
+            return found
+        # The look's own pixels fill what changed: features beside it see into it.
+        whole = torch.cat([pictures[picture] for picture in new])
+        outside = torch.lerp(look, whole, keep)
+        target = self._look_features(network, look)
+        features = network.features(torch.cat((whole, outside)))
+        channels, count = network.channel_weights, len(new)
+        measured = {
+            "lpips": feature_distance([layer[:count] for layer in features], target, channels),
+            "lpips_outside": feature_distance(
+                [layer[count:] for layer in features], target, channels, spread(keep, target)
+            ),
+        }
+        for index, picture in enumerate(new):
+            found[picture] = self._likenesses[keys[picture]] = _row(measured, index)
+        while len(self._likenesses) > _REMEMBERED:
+            self._likenesses.popitem(last=False)
+        return found
+
+    def _look_features(self, network: PerceptualNetwork, look: Tensor) -> list[Tensor]:
+        """Of the last look; a table over recipes scores pair by pair."""
+        key = _digest(network.weights_sha256, look)
+        if self._look is None or self._look[0] != key:
+            self._look = key, [normalise(layer) for layer in network.features(look)]
+        return self._look[1]
 
     def _load_network(self, name: PerceptualJudge) -> PerceptualNetwork | None:
         if name not in self._networks and name not in self._missing:
@@ -274,6 +317,14 @@ def _row(measured: Mapping[str, Any], k: int) -> dict[str, Any]:
         name: _row(value, k) if isinstance(value, Mapping) else float(value[k])
         for name, value in measured.items()
     }
+
+
+def _digest(weights: str, *tensors: Tensor) -> str:
+    """Equal for the same network and the same pictures."""
+    total = hashlib.sha256(weights.encode())
+    for tensor in tensors:
+        total.update(tensor.cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _resize(images: Tensor, side: int) -> Tensor:

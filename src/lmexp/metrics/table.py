@@ -105,21 +105,25 @@ def flatten(scores: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def tabulate(runs: Iterable[ScoredRun]) -> list[Row]:
+def tabulate(runs: Iterable[ScoredRun], inversion_of: str | None = None) -> list[Row]:
     """Rows of baselines, then of recipes in the order in which they first come.
 
     Baselines are taken once a pair, from the first recipe that has them: a recipe that starts
-    at the mean has no inversion of its own, and is held against the others'. A recipe's
+    at the mean has no inversion of its own, and is held against the others'. Inversions differ
+    with the recipe's terms of the look: `inversion_of` names whose are the yardstick. A recipe's
     shares are ratios of means over the pairs that have both, not means of ratios, which pairs
     with hardly any difference would rule.
 
     Args:
         runs: every recipe on every pair, those without a result too.
+        inversion_of: a recipe; None: the first of each pair that has an inversion.
     """
     runs = list(runs)
     baselines: dict[str, dict[str, dict[str, float]]] = {picture: {} for picture in BASELINES}
     for run in runs:
         for picture, found in baselines.items():
+            if picture == "inversion" and inversion_of not in (None, run.recipe):
+                continue
             numbers = flatten(run.scores.get(picture) or {})
             if numbers:
                 found.setdefault(run.pair, numbers)
