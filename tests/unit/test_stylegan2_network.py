@@ -113,6 +113,64 @@ def test_half_precision_counts_from_the_highest_and_spares_4_px() -> None:
     assert torch.equal(images[2], images[3]) and torch.equal(images[3], images[4])
 
 
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_near_float32(architecture: Any, dtype: torch.dtype) -> None:
+    """Within a few units of its last place (2^-8 of bfloat16, 2^-11 of float16)."""
+    config = small_config(architecture=architecture)
+    exact, lowered = (StyleGAN2Network(config, make_random_state(config, 0)) for _ in range(2))
+    lowered.lower_precision(dtype)
+    assert lowered.num_ws == exact.num_ws and lowered.noise_shapes == exact.noise_shapes
+    assert lowered.weights_sha256 == exact.weights_sha256
+    ws = draw_ws(exact, 3).requires_grad_()
+    noise = [draw(3, 1, *shape).requires_grad_() for shape in exact.noise_shapes]
+    found, wanted = lowered.synthesis(ws, noise), exact.synthesis(ws, noise)
+    assert found.dtype == torch.float32
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
+    error = (found - wanted).norm() / wanted.norm()
+    assert unit / 50 < error < 4 * unit
+    outer = draw(*wanted.shape, seed=2)
+    gradients = torch.autograd.grad(found, [ws, *noise], outer)
+    for gradient, slope in zip(
+        gradients, torch.autograd.grad(wanted, [ws, *noise], outer), strict=True
+    ):
+        assert gradient.dtype == torch.float32
+        # Next to a kink of LeakyReLU single values may differ.
+        assert (gradient - slope).norm() < (0.1 if dtype == torch.bfloat16 else 0.05) * slope.norm()
+
+
+def test_lower_precision_is_half_precision_of_all_resolutions() -> None:
+    chosen, lowered = small_network(half_precision=2), small_network()
+    lowered.lower_precision(torch.bfloat16)
+    ws = draw_ws(chosen, 2)
+    wanted = chosen.synthesis(ws)
+    assert torch.equal(lowered.synthesis(ws), wanted)
+    lowered.lower_precision(torch.bfloat16)
+    assert torch.equal(lowered.synthesis(ws), wanted)
+
+
+def test_lower_precision_completes_what_the_constructor_began() -> None:
+    """What was float16 stays it; 8 px becomes bfloat16."""
+    half = small_network(half_precision=1, half_dtype="float16")
+    ws = draw_ws(half, 2)
+    before = half.synthesis(ws)
+    half.lower_precision(torch.bfloat16)
+    wanted = small_network().synthesis(ws)
+    error = [
+        float((images - wanted).norm() / wanted.norm()) for images in (before, half.synthesis(ws))
+    ]
+    assert error[0] < 2.0**-9 < 1.5 * error[1] < 2.0**-4
+
+
+def test_lower_precision_is_of_halves_alone() -> None:
+    generator = small_network()
+    with pytest.raises(LmexpError, match=r"precision: torch.float64, .* choose one of the former"):
+        generator.lower_precision(torch.float64)
+    assert torch.equal(
+        generator.synthesis(draw_ws(generator, 1)), small_network().synthesis(draw_ws(generator, 1))
+    )
+
+
 def test_channels_last_gives_the_same_images() -> None:
     generator = small_network()
     ws = draw_ws(generator, 2)
@@ -121,10 +179,17 @@ def test_channels_last_gives_the_same_images() -> None:
     torch.testing.assert_close(generator.synthesis(ws), wanted, atol=1e-5, rtol=0)
 
 
-def test_synthesis_is_one_graph() -> None:
-    generator = small_network(half_precision=1)
+@pytest.mark.parametrize("choice", ["float32", "half_precision", "lower_precision"])
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+def test_synthesis_is_one_graph(architecture: Any, choice: str) -> None:
+    config = small_config(architecture=architecture)
+    half = int(choice == "half_precision")
+    generator = StyleGAN2Network(config, make_random_state(config, 0), half_precision=half)
+    if choice == "lower_precision":
+        generator.lower_precision(torch.bfloat16)
     ws = draw_ws(generator, 2)
     noise = [draw(2, 1, *shape) for shape in generator.noise_shapes]
+    torch._dynamo.reset()  # All networks share the code, and so the count of its compilations.
     compiled = torch.compile(generator.synthesis, fullgraph=True, backend="eager")
     torch.testing.assert_close(
         compiled(ws, noise), generator.synthesis(ws, noise), atol=1e-5, rtol=0

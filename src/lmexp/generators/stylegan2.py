@@ -374,7 +374,9 @@ class Block(nn.Module):
             (features [N, C_out, H, W], modulated unless the block has a shortcut, None in the last
             block; image [N, 3, H, W] if there is one by now).
         """
-        assert self.conv0 is not None
+        assert self.conv0 is not None and self.half_dtype is not None
+        # A no-op unless the resolution below computes in the other half precision.
+        x = x.to(self.half_dtype)
         shortcut, own_rgb = None, rgb
         if self.skip is not None:
             shortcut = F.conv2d(x, self.skip)

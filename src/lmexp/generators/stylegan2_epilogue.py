@@ -233,14 +233,14 @@ _ARGUMENTS = (
 )
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:  # pragma: no cover
     # Triton comes with PyTorch's CUDA builds alone.
     from lmexp.generators import stylegan2_triton
 
     return stylegan2_triton.forward(*arguments, leak=LEAK)
 
 
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
     from lmexp.generators import stylegan2_triton
 
     return stylegan2_triton.backward(*arguments, leak=LEAK)

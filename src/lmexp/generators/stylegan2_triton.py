@@ -12,6 +12,8 @@ Feature maps lie in memory channels-last. Sums over pixels are made of one parti
 added up afterwards, so that they are the same at every run.
 """
 
+# They run on GPUs and, when tested, in a process of their own: "no cover" is for those who count
+# lines in this one.
 # Upper case marks what a kernel is compiled for, as in Triton's own code.
 # ruff: noqa: N803
 
@@ -340,13 +342,15 @@ def _adjoint_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     tl.store(grad_source + place[:, None] + channel[None, :], total, mask=mask)
 
 
-def _block(C: int, tile: int) -> tuple[int, int]:
+def _block(C: int, tile: int) -> tuple[int, int]:  # pragma: no cover
     """(channels, pixels) of a tile."""
     channels = triton.next_power_of_2(C)
     return channels, max(1, tile // channels)
 
 
-def _sizes(source: Tensor, phases: bool, taps: int) -> tuple[int, int, int, int, int, int]:
+def _sizes(
+    source: Tensor, phases: bool, taps: int
+) -> tuple[int, int, int, int, int, int]:  # pragma: no cover
     """(N, C, height, width, height and width of the source's own grid)."""
     N, C, source_height, source_width = source.shape
     if phases:
@@ -355,13 +359,13 @@ def _sizes(source: Tensor, phases: bool, taps: int) -> tuple[int, int, int, int,
     return N, C, source_height - border, source_width - border, source_height, source_width
 
 
-def _in_rows(table: Tensor) -> Tensor:
+def _in_rows(table: Tensor) -> Tensor:  # pragma: no cover
     """[..., C] with all rows at the same distance, as a cut through wider tables has them."""
     even = table.ndim == 2 or table.stride(0) == table.shape[1] * table.stride(1)
     return table if table.stride(-1) == 1 and even else table.contiguous()
 
 
-def _packed(x: Tensor) -> Tensor:
+def _packed(x: Tensor) -> Tensor:  # pragma: no cover
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -379,7 +383,7 @@ def forward(
     clamp: float,
     *,
     leak: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # pragma: no cover
     """(features [N, C, H, W] in the source's type, image [N, 3, H, W]); [0] for what is not."""
     source = _packed(source)
     N, C, height, width, source_height, source_width = _sizes(source, phases, taps)
@@ -451,7 +455,7 @@ def backward(
     noise_gradient: bool,
     *,
     leak: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
     """Gradients.
 
     Returns:
