@@ -1,0 +1,58 @@
+"""StyleGAN2 in half precision on a GPU: its kernels, and inside a CUDA graph."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmexp.generators import stylegan2
+from lmexp.generators.stylegan2 import StyleGAN2Random
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def test_kernels_compute_what_their_formulas_do() -> None:
+    program = Path(__file__).parents[1] / "numerics" / "test_stylegan2_epilogue.py"
+    done = subprocess.run([sys.executable, program, "cuda"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    count, worst = done.stdout.split()
+    assert int(count) == 76
+    assert 0 < float(worst) < 1e-4
+
+
+@pytest.mark.parametrize("split", ["transposed", "quads", "phases"])
+def test_a_graph_of_lowered_synthesis_is_near_float32(
+    split: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stylegan2, "choose_split", lambda side: split)
+    sizes: dict[str, Any] = {"resolution": 128, "channel_base": 4096, "channel_max": 128}
+    exact, lowered = (StyleGAN2Random(**sizes).cuda() for _ in range(2))
+    lowered.lower_precision(torch.bfloat16)
+    ws = torch.randn(3, exact.num_ws, exact.w_dim, device="cuda", requires_grad=True)
+    noise = [torch.randn(3, 1, *s, device="cuda").requires_grad_() for s in exact.noise_shapes]
+    outer = torch.randn(3, 3, 128, 128, device="cuda")
+
+    def step(network: StyleGAN2Random) -> list[Tensor]:
+        images = network.synthesis(ws, noise)
+        return [images, *torch.autograd.grad(images, [ws, *noise], outer)]
+
+    wanted = step(exact)
+    step(lowered)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(lowered)
+    graph.replay()
+    torch.cuda.synchronize()
+    for index, (made, reference) in enumerate(zip(found, wanted, strict=True)):
+        error = float((made - reference).norm() / reference.norm())
+        assert error < (0.1 if index else 0.03)
