@@ -389,15 +389,15 @@ def learning_rate(progress: float, peak: float) -> float:
     return peak * warm * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
 
 
-def begin(width: int, path: Path | None) -> Fan:
-    """A fresh network, or one with the weights that `save` wrote to `path`."""
-    network = Fan(width)
-    if path is not None:
-        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
-        missing, unexpected = network.load_state_dict(tensors, strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing or unexpected:
-            raise SystemExit(f"{path}: no FAN of this kind (misfit at {(missing + unexpected)[0]})")
+def begin(path: Path, width: int | None = None) -> Fan:
+    """A network with the weights that `save` wrote to `path`, of that width if one is named."""
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    written = tensors["heatmaps.weight"].shape[1] if "heatmaps.weight" in tensors else 0
+    if not written or width not in (None, written):
+        raise SystemExit(f"{path}: its hourglass has {written} channels; say --width {written}")
+    network = Fan(written)
+    # How many batches the statistics were taken over is not stored: it changes nothing.
+    network.load_state_dict(network.state_dict() | tensors)
     return network
 
 
@@ -461,7 +461,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=SIGMA, help="width of the maps, cells")
     parser.add_argument("--start", type=Path, help="weights to go on from")
     parser.add_argument("--unlabelled", type=Path, help="folder of aligned faces, NAME.jpg")
-    parser.add_argument("--teacher", type=Path, help="weights (width 256) that annotate them")
+    parser.add_argument("--teacher", type=Path, help="weights that annotate them")
     parser.add_argument("--share", type=float, default=0.25, help="of a batch that is unlabelled")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
@@ -483,7 +483,7 @@ def main() -> None:
         extra, extra_views = (
             t.to(device) for t in read_unlabelled(args.unlabelled, images.shape[3])
         )
-        teacher = begin(256, args.teacher).to(device, memory_format=torch.channels_last).eval()
+        teacher = begin(args.teacher).to(device, memory_format=torch.channels_last).eval()
         extra_landmarks = annotate(teacher, extra, extra_views)
         more = sampling_weights(extra_landmarks)
         more = more * (args.share / (1 - args.share) * odds.sum() / more.sum())
@@ -495,7 +495,8 @@ def main() -> None:
         flush=True,
     )
 
-    network = begin(args.width, args.start).to(device, memory_format=torch.channels_last)
+    network = begin(args.start, args.width) if args.start else Fan(args.width)
+    network = network.to(device, memory_format=torch.channels_last)
     average = copy.deepcopy(network).eval().requires_grad_(False)
     decayed = [p for p in network.parameters() if p.ndim == 4]
     plain = [p for p in network.parameters() if p.ndim != 4]
