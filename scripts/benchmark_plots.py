@@ -1,0 +1,179 @@
+"""How time grows with batch, resolution, steps and GPUs, from the benchmark's results."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark_tables import milliseconds
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from lmexp.errors import LmexpError
+from lmexp.figures.paper import PAGE_WIDTH, Sheet, paper_style, pick_colours, save_figure
+
+HEIGHT = 5.2
+STEPS = 1000
+"""Of the published recipe, to which the start's seconds are set in relation."""
+
+Line = dict[float, float]
+
+
+def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
+    """One figure of four plots, as PNG and PDF.
+
+    Raises:
+        LmexpError: a file is no result of the benchmark, or none of them measured a step.
+    """
+    cells = [cell for path in paths for cell in read(path)]
+    if not cells:
+        raise LmexpError("--plot: no step was measured in these files; run the benchmark first")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with paper_style(8):
+        sheet = Sheet(PAGE_WIDTH, HEIGHT, 200)
+        plots = (
+            (draw_batches, "jobs at once", "ms a step and image"),
+            (draw_resolutions, "side of the image, px", "ms a step and image"),
+            (draw_steps, "steps", "s from the command on, whole batch"),
+            (draw_gpus, "GPUs", "steps · images a second"),
+        )
+        names = sorted({label(cell) for cell in cells})
+        colours = dict(zip(names, pick_colours(len(names)), strict=True))
+        for index, (draw, across, up) in enumerate(plots):
+            left = 0.55 + (index % 2) * PAGE_WIDTH / 2
+            axes = sheet.add_axes(left, 0.25 + (index // 2) * HEIGHT / 2, 2.85, 1.85)
+            axes.set_xlabel(across)
+            axes.set_ylabel(up)
+            draw(axes, cells, colours)
+            if not axes.lines:
+                axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+            else:
+                axes.legend(fontsize=6)
+        return save_figure(sheet.figure, stem)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The steps and yardsticks that were measured."""
+    try:
+        cells = json.loads(path.read_text())["cells"]
+        return [cell for cell in cells if "seconds_per_step" in cell]
+    except (OSError, ValueError, KeyError, TypeError) as fault:
+        raise LmexpError(
+            f"{path}: not a result of the benchmark ({type(fault).__name__}); give what --out wrote"
+        ) from fault
+
+
+def label(cell: dict[str, Any]) -> str:
+    """Recipe and hardware, and on which device, in the words of the legend."""
+    kind = " yardstick" if cell["kind"] == "yardstick" else f" {cell['hardware']}"
+    device = cell["device"].removeprefix("NVIDIA ").partition(" 80GB")[0]
+    return f"{cell['recipe']}{kind}, {device}"
+
+
+def collect(
+    cells: Iterable[dict[str, Any]],
+    name: Callable[[dict[str, Any]], str],
+    across: str,
+    value: Callable[[dict[str, Any]], float],
+) -> dict[str, tuple[dict[str, Any], Line]]:
+    """Lines by name, with a cell of each; the best where one place was measured twice."""
+    found: dict[str, tuple[dict[str, Any], Line]] = {}
+    for cell in cells:
+        _, line = found.setdefault(name(cell), (cell, {}))
+        here = value(cell)
+        line[cell[across]] = min(here, line.get(cell[across], here))
+    return found
+
+
+def median(cell: dict[str, Any]) -> float:
+    return statistics.median(milliseconds(cell))
+
+
+def plot(axes: Axes, line: Line, colour: str, name: str, dashed: bool = False) -> None:
+    places = sorted(line)
+    style = "--" if dashed else "-"
+    values = [line[place] for place in places]
+    axes.plot(places, values, style, marker="o", markersize=3, color=colour, label=name)
+
+
+def use_powers(axes: Axes, places: Iterable[float]) -> None:
+    """Both axes logarithmic; ticks where something was measured, in plain numbers."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted(set(places)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def draw_batches(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    chosen = [cell for cell in cells if cell["devices"] == 1]
+    by_side = collect(chosen, lambda c: f"{label(c)}, {c['resolution']} px", "batch", median)
+    places: set[float] = set()
+    for name, (cell, line) in by_side.items():
+        plot(axes, line, colours[label(cell)], name, dashed=cell["resolution"] < 1024)
+        places |= set(line)
+    use_powers(axes, places)
+
+
+def draw_resolutions(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    # Of each recipe the largest batch that more than one side was measured with.
+    groups: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        if cell["devices"] == 1:
+            groups[label(cell)][cell["batch"]].append(cell)
+    places: set[float] = set()
+    for name, by_batch in groups.items():
+        several = [
+            b for b, chosen in by_batch.items() if len({c["resolution"] for c in chosen}) > 1
+        ]
+        if several:
+            batch = max(several)
+            named = f"{name}, batch {batch}"
+            lines = collect(by_batch[batch], lambda c, n=named: n, "resolution", median)  # type: ignore[misc]
+            plot(axes, lines[named][1], colours[name], named)
+            places |= set(lines[named][1])
+    if places:
+        use_powers(axes, places)
+
+
+def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    # A start and a slope: the projection takes as long at its last step as at its first.
+    best: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        key = label(cell)
+        order = (cell["devices"] == 1, cell["resolution"], cell["batch"])
+        old = best.get(key)
+        if old is None or order > (old["devices"] == 1, old["resolution"], old["batch"]):
+            best[key] = cell
+    for name, cell in best.items():
+        each = statistics.median(cell["seconds_per_step"])
+        starts = {"": cell["build_seconds"] + cell["start_seconds"]}
+        if "second_start_seconds" in cell:
+            starts[", second start"] = cell["second_build_seconds"] + cell["second_start_seconds"]
+        for which, begun in starts.items():
+            warm = cell["warm_up_steps"]
+            line = {float(warm): begun, float(STEPS): begun + (STEPS - warm) * each}
+            size = f"{cell['resolution']} px, batch {cell['batch']}{which}"
+            plot(axes, line, colours[name], f"{name}, {size}", dashed=bool(which))
+    axes.set_ylim(bottom=0)
+
+
+def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
+    several = {(label(c), c["resolution"], c["batch"]) for c in cells if c["devices"] > 1}
+    chosen = [c for c in cells if (label(c), c["resolution"], c["batch"]) in several]
+    lines = collect(
+        chosen,
+        lambda c: f"{label(c)}, {c['resolution']} px, batch {c['batch']}",
+        "devices",
+        lambda c: -1000 / median(c),
+    )
+    for name, (cell, line) in lines.items():
+        rates = {place: -rate for place, rate in line.items()}
+        plot(axes, rates, colours[label(cell)], name)
+        axes.set_xticks(sorted(rates))
+        axes.set_ylim(bottom=0)
