@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lmexp.errors import LmexpError
 from lmexp.generators.mobile_head import ImageHead, merge_bands
+from lmexp.generators.mobile_lowered import LoweredFullHead, LoweredImageHead, LoweredTrunk
 from lmexp.weights import store
 
 LEAK = 0.2
@@ -297,6 +298,8 @@ class MobileNetwork(nn.Module):
         super().__init__()
         depth = count_blocks(tensors)
         self._mapping = MappingNetwork(tensors)
+        self._trunk: Trunk | LoweredTrunk
+        self._head: FullHead | ImageHead | LoweredFullHead | LoweredImageHead
         self._trunk = Trunk(tensors, depth if head is None else head_depth)
         self._head = FullHead(tensors, f"layers.{depth - 1}.to_img") if head is None else head
         self.z_dim = self._mapping.z_dim
@@ -305,6 +308,18 @@ class MobileNetwork(nn.Module):
         self.resolution = 2 * int(tensors["input"].shape[-1]) * 2 ** len(self._trunk.blocks)
         self.weights_sha256 = weights_sha256
         self.eval().requires_grad_(False)
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute `synthesis` in half precision from here on; images stay float32.
+
+        Styles, noise, biases and sums stay float32, too; there is no way back.
+        """
+        assert isinstance(self._trunk, Trunk)
+        if isinstance(self._head, FullHead):
+            self._head = LoweredFullHead(self._head, dtype)
+        else:
+            self._head = LoweredImageHead(self._head, dtype)
+        self._trunk = LoweredTrunk(self._trunk, dtype)
 
     def mapping(self, z: Tensor) -> Tensor:
         """z: [N, z_dim], standard normal -> w: [N, w_dim], without truncation."""

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from lmexp.errors import LmexpError
 from lmexp.landmarks.fan import INPUT_SIDE, Fan
+from lmexp.landmarks.framing import average
+from lmexp.landmarks.frozen_fan import FrozenFan
 from lmexp.weights import store
 
 
@@ -41,7 +43,12 @@ class EmbeddedFan(nn.Module):
             source = Path(weights).expanduser()
             tensors = _read(source)
             self.weights_sha256 = store.digest(tensors)
-        self.network = build_fan(tensors, source)
+        self.network: Fan | FrozenFan = build_fan(tensors, source)
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute in half precision from here on; maps stay float32, there is no way back."""
+        assert isinstance(self.network, Fan)
+        self.network = FrozenFan.of_embedded(self.network, dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """Draw the heat maps; see `HeatmapNetwork.__call__`."""
@@ -59,7 +66,7 @@ def resize(images: Tensor, side: int) -> Tensor:
     if images.shape[2:] == (side, side):
         return images
     if min(images.shape[2:]) >= side:
-        return F.interpolate(images, size=(side, side), mode="area")
+        return average(images, side)
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.framing import average
+from lmexp.landmarks.frozen_fan import FrozenFan
 from lmexp.weights import store
 from lmexp.weights.converters import first_line, read_state_dict
 
@@ -100,8 +102,12 @@ class FaceAlignmentNetwork(nn.Module):
         Returns:
             heatmaps: [N, 68, 64, 64], over the crop.
         """
-        heatmaps: Tensor = self.network(crops)[-1]
-        return heatmaps
+        maps: Tensor | list[Tensor] = self.network(crops)
+        return maps if isinstance(maps, Tensor) else maps[-1]
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute in half precision from here on; maps stay float32, there is no way back."""
+        self.network = FrozenFan.of_published(self.network, dtype)
 
 
 def frame(box: Box) -> tuple[float, float, float]:
@@ -129,7 +135,7 @@ def take_crop(images: Tensor, x: float, y: float, side: float) -> Tensor:
     # Averaging down to the crop's density first lets every pixel take part and get a gradient.
     density = max(round(CROP_SIDE / side), 1)
     if density < images.shape[-1]:
-        images = F.interpolate(images, size=(density, density), mode="area")
+        images = average(images, density)
     return _resample(images, side, 2 * x - 1, 2 * y - 1, CROP_SIDE)
 
 
@@ -148,15 +154,17 @@ def put_back(heatmaps: Tensor, x: float, y: float, side: float) -> Tensor:
 
 def show_whole(images: Tensor) -> Tensor:
     """[N, 3, R, R] → [N, 3, 256, 256]: larger images averaged, smaller ones' pixels repeated."""
-    mode = "area" if images.shape[-1] > CROP_SIDE else "nearest"
-    return F.interpolate(images, size=(CROP_SIDE, CROP_SIDE), mode=mode)
+    if images.shape[-1] > CROP_SIDE:
+        return average(images, CROP_SIDE)
+    return F.interpolate(images, size=(CROP_SIDE, CROP_SIDE), mode="nearest")
 
 
 def _resample(images: Tensor, scale: float, right: float, down: float, side: int) -> Tensor:
     """Bilinear, v = scale · u + shift in frames of [-1, 1] from the result u to the input v."""
-    rows = ((scale, 0.0, right), (0.0, scale, down))
-    theta = torch.tensor(rows, dtype=images.dtype, device=images.device)
-    grid = F.affine_grid(theta.expand(len(images), 2, 3), [len(images), 1, side, side], False)
+    at = (torch.arange(side, device=images.device, dtype=images.dtype) * 2 + 1) * (scale / side)
+    x, y = at + (right - scale), at + (down - scale)
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
+    grid = grid.expand(len(images), side, side, 2)
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 

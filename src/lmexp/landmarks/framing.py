@@ -112,13 +112,60 @@ def resample(images: Tensor, views: Tensor, side: int) -> Tensor:
         images: [N, 3, side, side], in the range of the input.
     """
     height, width = images.shape[2:]
-    size = torch.tensor((width, height), device=views.device, dtype=views.dtype)
-    # affine_grid's frame is [-1, 1] on both sides: unit = (frame + 1) / 2, frame = 2 px / size - 1.
-    linear = views[:, :, :2] / size[:, None]
-    shift = 2 * views[:, :, 2] / size - 1 + linear.sum(dim=2)
-    theta = torch.cat((linear, shift[:, :, None]), dim=2)
-    grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
+    return sample(images, view_grid(views, (height, width), side))
+
+
+def view_grid(views: Tensor, size: tuple[int, int], side: int) -> Tensor:
+    """Where each pixel of a view lies in the image, for `sample`.
+
+    Args:
+        views: [N, 2, 3], unit square → px.
+        size: height and width of the image, px.
+        side: side of the view, px.
+
+    Returns:
+        [N, side, side, 2], x then y, both from -1 to 1.
+    """
+    height, width = size
+    # The frame is [-1, 1] on both sides: unit = (frame + 1) / 2, frame = 2 px / size - 1.
+    linear = torch.stack((views[:, 0, :2] / width, views[:, 1, :2] / height), dim=1)
+    shift = torch.stack((2 * views[:, 0, 2] / width, 2 * views[:, 1, 2] / height), dim=1)
+    shift = shift - 1 + linear.sum(dim=2)
+    return affine_grid(torch.cat((linear, shift[:, :, None]), dim=2), side, side)
+
+
+def sample(images: Tensor, grid: Tensor) -> Tensor:
+    """[N, 3, H, W] at the places of a `view_grid`, mirrored beyond the border."""
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def affine_grid(maps: Tensor, height: int, width: int) -> Tensor:
+    """`torch.nn.functional.affine_grid` of pixel centres without its matrix product.
+
+    On GPUs that product may be computed in TensorFloat-32, whose 10 bits are half a pixel of
+    1024.
+
+    Args:
+        maps: [N, 2, 3].
+
+    Returns:
+        [N, height, width, 2], x then y.
+    """
+    x, y = (
+        (torch.arange(n, device=maps.device, dtype=maps.dtype) * 2 + 1) / n - 1
+        for n in (width, height)
+    )
+    rows = maps[:, None, :, 1] * y[:, None] + maps[:, None, :, 2]
+    columns = maps[:, None, :, 0] * x[:, None]
+    return rows[:, :, None] + columns[:, None]
+
+
+def average(images: Tensor, side: int) -> Tensor:
+    """Larger square images [N, C, R, R] averaged over areas: [N, C, side, side]."""
+    factor, rest = divmod(images.shape[-1], side)
+    if rest == 0:
+        return F.avg_pool2d(images, factor)
+    return F.interpolate(images, size=(side, side), mode="area")
 
 
 def place(landmarks: Tensor, views: Tensor, side: float) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmexp.landmarks.framing import affine_grid
 from lmexp.latents import derive_seed
 
 TURN = 0.2
@@ -51,5 +52,5 @@ def draw_views(jitter: float, seeds: Sequence[int], step: int) -> Tensor:
 
 def look_through(images: Tensor, views: Tensor) -> Tensor:
     """[N, C, R, R] as seen in `views` [N, 2, 3]; border pixels go on beyond the border."""
-    grid = F.affine_grid(views.to(images), list(images.shape), align_corners=False)
+    grid = affine_grid(views.to(images), images.shape[2], images.shape[3])
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

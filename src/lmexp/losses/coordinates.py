@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lmexp.landmarks.groups import OUTER_EYE_CORNERS
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.protocol import BoundTerm, Context, Targets
 
 
 def expect(heatmaps: Tensor) -> Tensor:
@@ -64,18 +64,17 @@ class LandmarkCoordinates:
         left, right = OUTER_EYE_CORNERS
         corners = targets.look_landmarks[:, [left, right]].to(expression)
         unit = (corners[:, 0] - corners[:, 1]).norm(dim=1, keepdim=True) / expression.shape[-1]
-        with torch.no_grad():
-            target = None if self.jitter else expect(context.heatmap_network(expression))
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            if target is None:
-                heatmaps, wanted = candidate.see(expression, self.jitter)
-                difference = expect(heatmaps) - expect(wanted)
-            else:
-                difference = expect(candidate.heatmaps) - target
+        def measure(heatmaps: Tensor, wanted: Tensor) -> Tensor:
+            difference = expect(heatmaps) - expect(wanted)
             # The floor keeps the root's gradient finite at distance 0: 1e-4 sides is no distance.
             distance = (difference.square().sum(2) + 1e-8).sqrt() / unit
             mean: Tensor = (share * distance).sum(1)
             return mean
 
-        return evaluate
+        fused = context.acceleration.fuse(measure)
+        if self.jitter:
+            return lambda candidate: fused(*candidate.see(expression, self.jitter))
+        with torch.no_grad():
+            target = context.heatmap_network(expression)
+        return lambda candidate: fused(candidate.heatmaps, target)

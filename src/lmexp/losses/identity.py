@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmexp.landmarks.framing import resample, square_views
+from lmexp.landmarks.framing import sample, square_views, view_grid
 from lmexp.landmarks.groups import GROUPS
 from lmexp.losses import identity_network
 from lmexp.losses.identity_network import SIDE, IdentityNetwork
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.protocol import BoundTerm, Context, Targets
 
 _NOSE_TIP = 30
 
@@ -87,7 +87,7 @@ class IdentityDistance:
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
         look = targets.look
-        network = self._load().to(look.device)
+        network = context.acceleration.network(self._load().to(look.device))
         views = fit_views(targets.look_landmarks.to(look))
 
         side = look.shape[-1]
@@ -96,20 +96,22 @@ class IdentityDistance:
         # Their number depends on the image's side, not on the faces: jobs are strangers.
         width = _EYES_APART * side / factor / (_TEMPLATE[1][0] - _TEMPLATE[0][0])
         points = max(2, math.ceil(width))
-        reduced = views / factor
+        height, width_px = look.shape[2] // factor, look.shape[3] // factor
+        grid = view_grid(views / factor, (height, width_px), SIDE * points)
 
         def recognise(images: Tensor) -> Tensor:
             images = F.avg_pool2d(images, factor)
-            crops = F.avg_pool2d(resample(images, reduced, SIDE * points), points)
+            crops = F.avg_pool2d(sample(images, grid), points)
             return F.normalize(network(crops), dim=1)
 
         with torch.no_grad():
             target = recognise(look)
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            return 1 - (recognise(candidate.images) * target).sum(1)
+        def measure(images: Tensor) -> Tensor:
+            return 1 - (recognise(images) * target).sum(1)
 
-        return evaluate
+        fused = context.acceleration.fuse(measure)
+        return lambda candidate: fused(candidate.images)
 
     def _load(self) -> IdentityNetwork:
         # Not when constructed: a term of weight 0 is built too, and must not fetch weights.

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lmexp.convolutions import LoweredConv, depthwise, taps_of
 from lmexp.weights import store
 from lmexp.weights.converters import SFACE_CONVOLUTIONS
 
@@ -77,13 +79,97 @@ class IdentityNetwork(nn.Module):
         self.linear = nn.Linear(weight.shape[1], weight.shape[0])
         self.linear.load_state_dict({"weight": weight, "bias": tensors["linear.bias"]})
 
+        self._lowered: LoweredIdentity | None = None
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Compute in half precision from here on; answers stay float32, there is no way back."""
+        self._lowered = LoweredIdentity(self, dtype)
+
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, 112, 112], RGB in [-1, 1], aligned -> [N, 128], of any length.
 
         People are compared by the cosine. Each image is treated alone.
         """
+        if self._lowered is not None:
+            lowered: Tensor = self._lowered(images * _INPUT_SCALE)
+            return lowered
         x = self.trunk(images * _INPUT_SCALE)
         x = x * self.scale[:, None, None] + self.shift[:, None, None]
         # The linear layer counts channels first, whatever the memory's layout is.
         answer: Tensor = self.linear(x.contiguous().flatten(1))
         return answer
+
+
+class LoweredLayer(nn.Module):
+    """One of the trunk's convolutions and its PReLU, channels last in the shape.
+
+    Args:
+        conv: dense of 1×1 or 3×3, or depthwise.
+        activation: what follows it.
+        dtype: half precision.
+    """
+
+    bias: Tensor
+    slope: Tensor
+    weight: Tensor
+
+    def __init__(self, conv: nn.Conv2d, activation: nn.PReLU, dtype: torch.dtype) -> None:
+        super().__init__()
+        assert conv.bias is not None
+        self.register_buffer("bias", conv.bias.detach().float().clone())
+        self.register_buffer("slope", activation.weight.detach().float().clone())
+        self.stride = conv.stride[0]
+        self.grouped = conv.groups > 1
+        self.dense = LoweredConv(conv.weight, None, dtype, padding=1) if not self.grouped else None
+        if self.grouped:
+            self.register_buffer("weight", taps_of(conv.weight.detach()))
+        elif conv.kernel_size == (1, 1):
+            self.register_buffer("weight", conv.weight.detach()[:, :, 0, 0].to(dtype))
+            self.dense = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, h, w, I] -> [N, h', w', O]."""
+        if self.dense is not None:
+            y = self.dense(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        elif self.grouped:
+            y = depthwise(x, self.weight, self.stride)
+        else:
+            y = F.linear(x, self.weight)
+        shifted = y + self.bias
+        return torch.where(shifted >= 0, shifted, self.slope * shifted).to(y.dtype)
+
+
+class LoweredIdentity(nn.Module):
+    """The whole network in half precision.
+
+    Args:
+        network: in float32.
+        dtype: half precision.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, network: IdentityNetwork, dtype: torch.dtype) -> None:
+        super().__init__()
+        layers = list(network.trunk)
+        self.trunk = nn.Sequential(
+            *(
+                LoweredLayer(conv, activation, dtype)  # type: ignore[arg-type]
+                for conv, activation in zip(layers[::2], layers[1::2], strict=True)
+            )
+        )
+        self.dtype = dtype
+        # The normalisation before the linear layer is part of it.
+        channels = len(network.scale)
+        weight = network.linear.weight.detach().double()
+        weight = weight.reshape(len(weight), channels, -1)
+        bias = network.linear.bias.detach().double() + (weight.sum(2) @ network.shift.double())
+        weight = (weight * network.scale.double()[:, None]).transpose(1, 2)
+        self.register_buffer("weight", weight.flatten(1).to(dtype))
+        self.register_buffer("bias", bias.float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [N, 3, 112, 112], scaled -> [N, 128], float32."""
+        x = self.trunk(images.permute(0, 2, 3, 1).to(self.dtype))
+        return F.linear(x.flatten(1), self.weight).float() + self.bias

@@ -109,20 +109,20 @@ class LandmarkHeatmaps:
             weights = weights.clone()
             weights[:, _NOSE_TIP] = weights[:, GROUPS["lower_nose"][0]]
 
-        def distance(heatmaps: Tensor, target: Tensor) -> Tensor:
-            return heatmap_distance(
-                heatmaps, target, weights, self.norm, self.squared_group_weights
-            )
+        norm, squared = self.norm, self.squared_group_weights
+        fuse = context.acceleration.fuse
+        distance = fuse(lambda maps, target: heatmap_distance(maps, target, weights, norm, squared))
+        prepare = fuse(stretch) if self.stretch_contrast else None
 
         if self.jitter:
             return lambda candidate: distance(*candidate.see(expression, self.jitter))
 
         with torch.no_grad():
-            target = network(stretch(expression) if self.stretch_contrast else expression)
+            target = network(prepare(expression) if prepare else expression)
 
         def evaluate(candidate: Candidate) -> Tensor:
-            if self.stretch_contrast:
-                return distance(network(stretch(candidate.images)), target)
+            if prepare:
+                return distance(network(prepare(candidate.images)), target)
             return distance(candidate.heatmaps, target)
 
         return evaluate

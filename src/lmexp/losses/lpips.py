@@ -13,7 +13,7 @@ from torch import Tensor
 from lmexp.errors import LmexpError
 from lmexp.losses.mask import Region, face_weight, keep_mask
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.protocol import BoundTerm, Context, Targets
 
 _MASK_SIDE = 128
 """Of the mask before it is spread over a network's layers, which are coarser or a little finer."""
@@ -27,10 +27,14 @@ def normalise(features: Tensor) -> Tensor:
 
     A vector of zeros stays one. At least float32, since squares leave half precision.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    features = features.to(_at_least_single(features))
     # The root of the floor is the 1e-10 of the published code; inside the root it keeps
     # the gradient at zero finite.
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-20)
+
+
+def _at_least_single(features: Tensor) -> torch.dtype:
+    return torch.promote_types(features.dtype, torch.float32)
 
 
 def feature_distance(
@@ -46,7 +50,7 @@ def feature_distance(
 
     Args:
         features: one [N, C_l, h_l, w_l] a layer, not normalised.
-        target: the same shapes, normalised.
+        target: the same shapes, normalised; may be rounded to half precision.
         channel_weights: one [C_l] a layer.
         place_weights: one [N, 1, h_l, w_l] a layer.
 
@@ -55,7 +59,7 @@ def feature_distance(
 
     Source: Zhang et al., arXiv 1801.03924, equation 1.
     """
-    total = features[0].new_zeros(len(features[0]), dtype=target[0].dtype)
+    total = features[0].new_zeros(len(features[0]), dtype=_at_least_single(target[0]))
     for layer, (now, wanted, channels) in enumerate(
         zip(features, target, channel_weights, strict=True)
     ):
@@ -88,7 +92,8 @@ def distance_map(
 
     Source: Zhang et al., arXiv 1801.03924; the package lpips with spatial=True.
     """
-    total = features[0].new_zeros(len(features[0]), 1, *size, dtype=target[0].dtype)
+    dtype = _at_least_single(target[0])
+    total = features[0].new_zeros(len(features[0]), 1, *size, dtype=dtype)
     for now, wanted, channels in zip(features, target, channel_weights, strict=True):
         squares = (normalise(now) - wanted).square()
         distance = (squares * channels.to(squares.dtype)[:, None, None]).sum(1, keepdim=True)
@@ -186,9 +191,11 @@ class Lpips:
         network = self._load()
         if isinstance(network, torch.nn.Module):
             network.to(targets.look.device)
+        network = context.acceleration.network(network)
         with torch.no_grad():
             look = shrink(targets.look, self.resolution)
-            target = [normalise(layer) for layer in network.features(look)]
+            # In the features' own type: it is read at every step.
+            target = [normalise(layer).to(layer.dtype) for layer in network.features(look)]
             keep = self.keep(targets)
             counts = self._emphasise(targets, keep)
             places = None if counts is None else spread(counts, target)
@@ -197,13 +204,16 @@ class Lpips:
                 pixels = F.interpolate(keep, size=look.shape[-1], mode="bilinear")
         channels = network.channel_weights
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            images = shrink(candidate.images, self.resolution)
+        resolution = self.resolution
+
+        def measure(images: Tensor) -> Tensor:
+            images = shrink(images, resolution)
             if pixels is not None:
                 images = torch.lerp(look, images, pixels)
             return feature_distance(network.features(images), target, channels, places)
 
-        return evaluate
+        fused = context.acceleration.fuse(measure)
+        return lambda candidate: fused(candidate.images)
 
     def keep(self, targets: Targets) -> Tensor | None:
         """The mask [N, 1, s, s] of the whole image; None if nothing is ignored."""

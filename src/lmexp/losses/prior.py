@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.protocol import BoundTerm, Context, Targets
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,5 @@ class LatentPrior:
             samples = context.latent_statistics.samples
             space = GaussianSpace.measure(samples, self.variance_floor)
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            return space.standardise(candidate.ws).square().mean((1, 2))
-
-        return evaluate
+        fused = context.acceleration.fuse(lambda ws: space.standardise(ws).square().mean((1, 2)))
+        return lambda candidate: fused(candidate.ws)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmexp.errors import LmexpError
 from lmexp.losses.fidelity import latent_distance
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.protocol import BoundTerm, Context, Targets
 
 _KEY = "loss.smoothness.previous"
 _FILE = "projected_w.npz"
@@ -79,10 +79,8 @@ class LatentSmoothness:
             )
         previous = rows.to(targets.look.device)
 
-        def evaluate(candidate: Candidate) -> Tensor:
-            return latent_distance(candidate.ws, previous)
-
-        return evaluate
+        fused = context.acceleration.fuse(latent_distance)
+        return lambda candidate: fused(candidate.ws, previous)
 
     def _load(self) -> tuple[Tensor, str]:
         if self._read is None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmexp.convolutions import lower_convolutions
 from lmexp.weights import store
 
 _BGR_MEAN = (104.00699, 116.66877, 122.67892)
@@ -56,6 +57,9 @@ class HedVgg16(nn.Module):
     @property
     def channel_weights(self) -> list[Tensor]:
         return [self.get_buffer(f"head{block}") for block in range(1, len(_CONVS) + 1)]
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        lower_convolutions(self, dtype)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images: [N, 3, H, W], RGB in [-1, 1], any H and W."""

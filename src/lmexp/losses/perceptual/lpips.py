@@ -17,6 +17,7 @@ import lpips.pretrained_networks
 import torch
 from torch import Tensor, nn
 
+from lmexp.convolutions import lower_convolutions
 from lmexp.errors import LmexpError
 from lmexp.weights import store
 from lmexp.weights.converters import first_line, read_state_dict
@@ -102,6 +103,9 @@ class LpipsPackage(nn.Module):
     @property
     def channel_weights(self) -> list[Tensor]:
         return [self.get_buffer(f"head{index}") for index in range(self._layers)]
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        lower_convolutions(self.trunk, dtype)
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images: [N, 3, H, W], RGB in [-1, 1], H and W ≥ 32."""

@@ -18,7 +18,8 @@ class PerceptualNetwork(Protocol):
     """A frozen image network that is read after several layers (LPIPS and its kin).
 
     Implementations are `torch.nn.Module`s in eval mode whose parameters need no
-    gradient.
+    gradient. One that has `lower_precision(dtype)` computes in half precision after it, for
+    good, and its features are of that type; others stay float32 on every hardware.
 
     Attributes:
         weights_sha256: digest of the weights, written into every run's summary.

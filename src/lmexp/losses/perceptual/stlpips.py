@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmexp.convolutions import lower_convolutions
 from lmexp.weights import store
 
 
@@ -56,6 +57,12 @@ class _ShiftTolerant(nn.Module):
     @property
     def channel_weights(self) -> list[Tensor]:
         return [self.get_buffer(f"head{index}") for index in range(self._layers)]
+
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        lower_convolutions(self, dtype)
+        for module in self.modules():
+            if isinstance(module, BlurredConv):
+                module.lower(dtype)
 
     def _standardise(self, images: Tensor) -> Tensor:
         return (images - self.shift) / self.scale
@@ -126,8 +133,17 @@ class BlurredConv(nn.Module):
         self.padding = padding
         self.taps = weight.shape[2]
 
+    def lower(self, dtype: torch.dtype) -> None:
+        """Compute in half precision from here on."""
+        for name in ("inner", "bottom", "right", "corner", "bias"):
+            kernel = self.get_buffer(name).to(dtype)
+            if kernel.ndim == 4:
+                kernel = kernel.contiguous(memory_format=torch.channels_last)
+            self.register_buffer(name, kernel)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, C_in, H, W] -> [N, C_out, h, w]."""
+        x = x.to(self.inner.dtype)
         last = self.taps + 1
         x = F.pad(x, (self.padding,) * 4)
         even_rows = (x.shape[2] - self.taps + 1) % 2 == 0
