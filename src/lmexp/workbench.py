@@ -128,6 +128,7 @@ def _open_device(hardware: Hardware) -> torch.device:
                 f"hardware.device: cuda:{device.index}, but there are {count} GPUs; "
                 f"choices: {', '.join(f'cuda:{i}' for i in range(count))}"
             )
-        # Else whatever is opened without a name (pinned memory, streams) is opened on GPU 0.
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            # Else whatever is opened without a name (pinned memory, streams) is on GPU 0.
+            torch.cuda.set_device(device)
     return device
