@@ -43,7 +43,11 @@ def autocorrelations(maps: Sequence[Tensor]) -> Tensor:
     total = maps[0].new_zeros(len(maps[0]))
     waiting = [noise[:, 0] for noise in maps]
     while waiting:
-        size = max(noise.shape[-2:] for noise in waiting)
+        # The largest first; a loop, since compilers do not follow max over shapes.
+        size = waiting[0].shape[-2:]
+        for noise in waiting:
+            if noise.shape[-2] * noise.shape[-1] > size[0] * size[1]:
+                size = noise.shape[-2:]
         level = torch.stack([noise for noise in waiting if noise.shape[-2:] == size], dim=1)
         waiting = [noise for noise in waiting if noise.shape[-2:] != size]
         for axis in (2, 3):
