@@ -61,9 +61,11 @@ class Acceleration:
     def network(self, module: M) -> M:
         """A frozen network -> a copy of it for the steps; itself if there is nothing to gain.
 
-        The copy's `synthesis`, if it has one, else its `forward` is compiled. In half precision the
-        module's own `lower_precision(dtype)` is called, if it has such a method, else that
-        function runs under autocast; what it returns is float32 in any case.
+        The copy's `synthesis`, if it has one, else its `forward` is compiled; a module with a
+        method `compile_regions(fuse)` chooses itself, such as blocks of which it has many, each
+        compiled once a shape. In half precision the module's own `lower_precision(dtype)` is
+        called, if it has such a method, else that function runs under autocast; what it returns is
+        float32 in any case.
 
         Args:
             module: a `torch.nn.Module` without gradients, on its device; others are returned as
@@ -84,7 +86,11 @@ class Acceleration:
             else:
                 setattr(module, name, _under_autocast(getattr(module, name), self.half))
         if self.compile:
-            setattr(module, name, _compile(getattr(module, name)))
+            regions = getattr(module, "compile_regions", None)
+            if regions is not None:
+                regions(self.fuse)
+            else:
+                setattr(module, name, _compile(getattr(module, name)))
         return module
 
 

@@ -67,6 +67,21 @@ def test_of_a_generator_it_is_the_synthesis_that_is_lowered() -> None:
     assert 0 < float((images - exact).norm() / exact.norm()) < 0.05
 
 
+def test_a_module_chooses_what_of_it_is_compiled() -> None:
+    chosen: list[object] = []
+
+    class Choosy(Layer):
+        def compile_regions(self, fuse: object) -> None:
+            chosen.append(fuse)
+
+    compiled = Acceleration(compile=True)
+    layer = Choosy()
+    copied = compiled.network(layer)
+    assert chosen == [compiled.fuse] and copied is not layer
+    x = torch.randn(2, 64)
+    assert torch.equal(copied(x), layer(x))
+
+
 def test_what_is_no_module_is_left_alone() -> None:
     stub = object()
     assert LOWERED.network(stub) is stub
