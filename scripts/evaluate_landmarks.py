@@ -8,7 +8,8 @@ FFHQ alignment frames it; of the latter those with closed eyes and open mouths, 
 annotations, are scored alone, too. `--spoilt` opens mouths and closes eyes in the pictures
 (scripts/landmark_warps.py), casts light of one colour on them and covers parts. FACES are aligned
 pictures (scripts/render_faces.py): nobody annotated them, so dlib's predictor, which knows
-nothing of our networks, is the reference, and errors are disagreements.
+nothing of our networks, is the reference, and errors are disagreements. `--keep` writes what dlib
+found beside them as NAME.pts, which is read the next time, where dlib may be missing.
 
 Prints tables on stderr and JSON on stdout.
 """
@@ -34,6 +35,7 @@ from lmexp.landmarks.embedded import EmbeddedFan
 from lmexp.landmarks.fan import INPUT_SIDE
 from lmexp.landmarks.framing import ffhq_views, place, read_faces, resample, tight_views
 from lmexp.landmarks.groups import GROUPS, OUTER_EYE_CORNERS
+from lmexp.landmarks.pts import write_pts
 from lmexp.landmarks.score import Score, score
 from lmexp.metrics.aspect_ratios import eye_aspect_ratio, mouth_aspect_ratio
 
@@ -125,17 +127,32 @@ def read_pictures(folder: Path) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
-def dlib_landmarks(pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """What dlib's predictor finds ([N, 68, 2], px), and whether its detector saw a face."""
+def seen_by_dlib(folder: Path, keep: bool) -> Faces:
+    """The pictures of a folder in which dlib's detector sees a face, and its points.
+
+    Args:
+        keep: write the points as NAME.pts; a folder with such files is read as it is.
+    """
+    if any(folder.glob("*.pts")):
+        images, points = read_faces(folder)
+        return images.float() / 255, points
     from lmexp.metrics.dlib_judge import DlibJudge  # dlib is no part of training
 
-    judge, points, found = DlibJudge(), [], []
-    for picture in (pictures * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy():
+    pictures, judge = read_pictures(folder), DlibJudge()
+    chosen, found = [], []
+    for k, path in enumerate(sorted(folder.glob("*.jpg"))):
+        picture = (pictures[k] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         verdict = judge.look_at(picture)
-        # Its points are indices of pixels, whose centres lie half a pixel further.
-        points.append(torch.from_numpy(verdict.landmarks).float() + 0.5)
-        found.append(verdict.found)
-    return torch.stack(points), torch.tensor(found)
+        if verdict.found:
+            # Its points are indices of pixels, whose centres lie half a pixel further.
+            points = torch.from_numpy(verdict.landmarks).float() + 0.5
+            chosen.append(k)
+            found.append(points)
+            if keep:
+                write_pts(path.with_suffix(".pts"), points)
+    if not found:
+        raise LmexpError(f"{folder}: dlib sees no face in any picture; give aligned faces")
+    return pictures[chosen], torch.stack(found)
 
 
 def evaluate(
@@ -146,12 +163,15 @@ def evaluate(
     *,
     spoil: bool = False,
     generated: Path | None = None,
+    keep: bool = False,
     every: int = 2,
 ) -> dict[str, Score]:
     """Score by set of faces: "tight" and "ffhq" first, then subsets, spoilt and generated.
 
     Args:
         locate: pictures [N, 3, R, R] in [0, 1] → landmarks [N, 68, 2], px.
+        spoil, generated: see the module.
+        keep: write dlib's points beside the generated pictures.
         every: only each so many-th face is spoilt.
     """
     images, reference = (tensor.to(device) for tensor in read_faces(folder))
@@ -170,9 +190,7 @@ def evaluate(
         for name, (shown, truth) in spoilt(pictures[::every], points[::every]):
             scores[name] = score(locate(shown), truth)
     if generated is not None:
-        pictures = read_pictures(generated)
-        points, seen = dlib_landmarks(pictures)
-        pictures, points = pictures[seen].to(device), points[seen].to(device)
+        pictures, points = (tensor.to(device) for tensor in seen_by_dlib(generated, keep))
         found = locate(pictures)
         scores["generated"] = score(found, points)
         wide = mouth_aspect_ratio(points) > WIDE_MOUTH
@@ -217,6 +235,7 @@ def main() -> None:
     parser.add_argument("--spoilt", action="store_true", help="score spoilt pictures, too")
     parser.add_argument("--every", type=int, default=2, help="spoil each so many-th face")
     parser.add_argument("--generated", type=Path, help="folder of aligned pictures, NAME.jpg")
+    parser.add_argument("--keep", action="store_true", help="write dlib's points beside them")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     try:
@@ -226,6 +245,7 @@ def main() -> None:
             *(args.data, args.side, args.device),
             spoil=args.spoilt,
             generated=args.generated,
+            keep=args.keep,
             every=args.every,
         )
     except LmexpError as error:

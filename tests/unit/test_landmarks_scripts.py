@@ -384,7 +384,8 @@ def test_commands_train_go_on_and_score(
 
     scoring = script("evaluate_landmarks")
     monkeypatch.setattr(dlib_judge, "DlibJudge", Judge)
-    generated = ("--spoilt", "--every", 1, "--generated", tmp_path / "generated")
+    faces = tmp_path / "generated"
+    generated = ("--spoilt", "--every", 1, "--generated", faces, "--keep")
     run(monkeypatch, scoring, "--data", tmp_path / "val", "--weights", out, *generated)
     told = capsys.readouterr()
     found = json.loads(told.out)
@@ -396,21 +397,31 @@ def test_commands_train_go_on_and_score(
         assert found[name]["faces"] == 2
         assert name in told.err
     assert "inner_lip" in told.err
+    assert [path.name for path in sorted(faces.glob("*.pts"))] == ["0.pts", "1.pts"]
+    monkeypatch.setattr(dlib_judge, "DlibJudge", None)  # what it found has been kept
+    (faces / "nobody.jpg").unlink()
+    run(monkeypatch, scoring, "--data", tmp_path / "val", "--weights", out, "--generated", faces)
+    again = json.loads(capsys.readouterr().out)
+    assert again["generated"]["nme"] == pytest.approx(found["generated"]["nme"], rel=1e-3)
 
     more = ("--start", out, "--unlabelled", tmp_path / "generated", "--teacher", out)
     further = tmp_path / "further.safetensors"
     run(monkeypatch, training, *common, *more, "--sigma", 2, "--out", further)
     with safe_open(further, "pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-    assert metadata["recipe"]["unlabelled"] == 3 and metadata["recipe"]["fine_tuned"]
+    assert metadata["recipe"]["unlabelled"] == 2 and metadata["recipe"]["fine_tuned"]
     assert metadata["sigma"] == 2
     capsys.readouterr()
 
     with pytest.raises(SystemExit, match=r"no \.pts file"):
         run(monkeypatch, scoring, "--data", tmp_path, "--weights", out)
+    monkeypatch.setattr(dlib_judge, "DlibJudge", Judge)
     (tmp_path / "none").mkdir()
     with pytest.raises(SystemExit, match=r"no \.jpg file"):
         where = ("--data", tmp_path / "val", "--generated", tmp_path / "none")
+        run(monkeypatch, scoring, *where, "--weights", out)
+    Image.new("RGB", (96, 96)).save(tmp_path / "none" / "nobody.jpg")
+    with pytest.raises(SystemExit, match=r"dlib sees no face"):
         run(monkeypatch, scoring, *where, "--weights", out)
     with pytest.raises(SystemExit, match=r"16 channels; say --width 16"):
         training.begin(out, 32)
