@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --random-weights --suite quick --out results.json
     python scripts/benchmark.py --recipes default --hardware cpu --resolutions 256 --batches 1
+    python scripts/benchmark.py --show docs/benchmarks/h200.json
     python scripts/benchmark.py --plot docs/benchmarks/*.json --out docs/pictures/speed
 
 Each measurement runs in a process of its own. A time per step is that of windows of steps of
@@ -40,7 +41,7 @@ from typing import Any
 
 import torch
 from benchmark_cells import RECIPES, Cell, Settings, measure, wait_for_others
-from benchmark_tables import milliseconds, print_tables
+from benchmark_tables import milliseconds, print_tables, read_results
 
 from lmexp.errors import LmexpError
 from lmexp.recording.provenance import describe_git
@@ -53,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(sys.argv[1:] if arguments is None else arguments)
     if args.cell is not None:
         return measure_for_parent(args)
+    for path in args.show:
+        print_tables(read_results(path))
+    if args.show:
+        return 0
     if args.plot:
         from benchmark_plots import draw_plots
 
@@ -87,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     [c for c in cells[cells.index(cell) :] if compiles(c)], args, settings, scratch
                 )
                 args.prepare = False
-            if args.budget is not None and time.monotonic() - began > args.budget:
+            spent = time.monotonic() - began
+            if results["cells"] and args.budget is not None and spent > args.budget:
                 report = dataclasses.asdict(cell) | {"failed": "no time was left for it"}
             else:
                 report = run(cell, args, settings, scratch)
@@ -129,6 +135,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keep-cache", action="store_true", help="use the user's compiled code")
     parser.add_argument("--in-process", action="store_true", help="to look into a measurement")
     parser.add_argument("--out", type=Path, help="JSON; with --plot, the figures' stem")
+    parser.add_argument("--show", nargs="+", type=Path, default=[], metavar="JSON", help="as text")
     parser.add_argument("--plot", nargs="+", type=Path, metavar="JSON", help="draw results instead")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_tables import milliseconds
+from benchmark_tables import milliseconds, read_results
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -20,6 +19,9 @@ HEIGHT = 5.2
 STEPS = 1000
 """Of the published recipe, to which the start's seconds are set in relation."""
 
+STYLES = {256: "--", 512: ":"}
+"""Of lines of these sides, px; others are solid."""
+
 Line = dict[float, float]
 
 
@@ -29,7 +31,8 @@ def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
     Raises:
         LmexpError: a file is no result of the benchmark, or none of them measured a step.
     """
-    cells = [cell for path in paths for cell in read(path)]
+    cells = [cell for path in paths for cell in read_results(path)["cells"]]
+    cells = [cell for cell in cells if "seconds_per_step" in cell]
     if not cells:
         raise LmexpError("--plot: no step was measured in these files; run the benchmark first")
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
         plots = (
             (draw_batches, "jobs at once", "ms a step and image"),
             (draw_resolutions, "side of the image, px", "ms a step and image"),
-            (draw_steps, "steps", "s from the command on, whole batch"),
+            (draw_steps, "steps", "s an image, from the command on"),
             (draw_gpus, "GPUs", "steps · images a second"),
         )
         names = sorted({label(cell) for cell in cells})
@@ -54,17 +57,6 @@ def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
             else:
                 axes.legend(fontsize=6)
         return save_figure(sheet.figure, stem)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The steps and yardsticks that were measured."""
-    try:
-        cells = json.loads(path.read_text())["cells"]
-        return [cell for cell in cells if "seconds_per_step" in cell]
-    except (OSError, ValueError, KeyError, TypeError) as fault:
-        raise LmexpError(
-            f"{path}: not a result of the benchmark ({type(fault).__name__}); give what --out wrote"
-        ) from fault
 
 
 def label(cell: dict[str, Any]) -> str:
@@ -93,9 +85,8 @@ def median(cell: dict[str, Any]) -> float:
     return statistics.median(milliseconds(cell))
 
 
-def plot(axes: Axes, line: Line, colour: str, name: str, dashed: bool = False) -> None:
+def plot(axes: Axes, line: Line, colour: str, name: str, style: str = "-") -> None:
     places = sorted(line)
-    style = "--" if dashed else "-"
     values = [line[place] for place in places]
     axes.plot(places, values, style, marker="o", markersize=3, color=colour, label=name)
 
@@ -115,7 +106,7 @@ def draw_batches(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str
     by_side = collect(chosen, lambda c: f"{label(c)}, {c['resolution']} px", "batch", median)
     places: set[float] = set()
     for name, (cell, line) in by_side.items():
-        plot(axes, line, colours[label(cell)], name, dashed=cell["resolution"] < 1024)
+        plot(axes, line, colours[label(cell)], name, STYLES.get(cell["resolution"], "-"))
         places |= set(line)
     use_powers(axes, places)
 
@@ -141,26 +132,34 @@ def draw_resolutions(axes: Axes, cells: list[dict[str, Any]], colours: dict[str,
         use_powers(axes, places)
 
 
+def rank(cell: dict[str, Any]) -> tuple[bool, int, int]:
+    """Which cell of a recipe shows how time grows with steps: one with a second start, or large."""
+    return "second_start_seconds" in cell, cell["resolution"], cell["batch"]
+
+
 def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
     # A start and a slope: the projection takes as long at its last step as at its first.
     best: dict[str, dict[str, Any]] = {}
     for cell in cells:
         key = label(cell)
-        order = (cell["devices"] == 1, cell["resolution"], cell["batch"])
-        old = best.get(key)
-        if old is None or order > (old["devices"] == 1, old["resolution"], old["batch"]):
+        if cell["devices"] == 1 and (key not in best or rank(cell) > rank(best[key])):
             best[key] = cell
     for name, cell in best.items():
+        images = cell["batch"] * cell["devices"]
         each = statistics.median(cell["seconds_per_step"])
         starts = {"": cell["build_seconds"] + cell["start_seconds"]}
         if "second_start_seconds" in cell:
             starts[", second start"] = cell["second_build_seconds"] + cell["second_start_seconds"]
         for which, begun in starts.items():
             warm = cell["warm_up_steps"]
-            line = {float(warm): begun, float(STEPS): begun + (STEPS - warm) * each}
+            places = [warm + (STEPS - warm) * part / 50 for part in range(51)]
+            seconds = [(begun + (place - warm) * each) / images for place in places]
             size = f"{cell['resolution']} px, batch {cell['batch']}{which}"
-            plot(axes, line, colours[name], f"{name}, {size}", dashed=bool(which))
-    axes.set_ylim(bottom=0)
+            style = "--" if which else "-"
+            axes.plot(places, seconds, style, color=colours[name], label=f"{name}, {size}")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(top=8 * axes.get_ylim()[1])  # room for the legend
 
 
 def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:

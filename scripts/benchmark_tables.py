@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
+
+from lmexp.errors import LmexpError
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What `--out` wrote.
+
+    Raises:
+        LmexpError: it is something else.
+    """
+    try:
+        results: dict[str, Any] = json.loads(path.read_text())
+        if {"cells", "settings", "revision", "date"} <= set(results):
+            return results
+    except (OSError, ValueError, TypeError) as fault:
+        reason = type(fault).__name__
+    else:
+        reason = "keys are missing"
+    raise LmexpError(
+        f"{path}: not a result of the benchmark ({reason}); give what --out wrote"
+    ) from None
 
 
 def print_tables(results: dict[str, Any]) -> None:

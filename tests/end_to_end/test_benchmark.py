@@ -190,10 +190,12 @@ def test_a_step_its_parts_and_its_tables(
     path.write_text(json.dumps(results))
     assert scripts.main.main(["--plot", str(path), "--out", str(tmp_path / "speed")]) == 0
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".png", ".pdf"}
+    assert scripts.main.main(["--show", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(printed)
     path.write_text("[]")
     with pytest.raises(LmexpError, match="not a result of the benchmark"):
         scripts.plots.draw_plots([path], tmp_path / "speed")
-    path.write_text('{"cells": []}')
+    path.write_text(json.dumps(results | {"cells": []}))
     with pytest.raises(LmexpError, match="no step was measured"):
         scripts.plots.draw_plots([path], tmp_path / "speed")
 
@@ -215,22 +217,44 @@ def test_agreement_with_float32(scripts: SimpleNamespace, tmp_path: Path) -> Non
     assert [row[1] for row in table[1:]] == list(off)
 
 
-def test_command_measures_in_processes_of_its_own(
-    scripts: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_command_measures_in_a_process_of_its_own(
+    scripts: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
-    """One that can be measured and one that can't, of which the reason is kept."""
+    """One that is measured, and one for which no time is left."""
+    measured = scripts.cells.Cell("yardstick", "tiny", 32, "cpu")
+    late = scripts.cells.Cell("step", "tiny", 32, "cpu")
+    monkeypatch.setattr(scripts.main, "choose_cells", lambda args: [measured, late])
     out = tmp_path / "results.json"
-    line = "--recipes tiny --resolutions 16 --hardware cpu --windows 1 --window 1 --warm-up 1"
-    more = ["--random-weights", "--no-parts", "--set", "hardware.threads=1"]
-    assert scripts.main.main([*line.split(), *more, "--out", str(out)]) == 1
+    line = "--windows 2 --window 1 --warm-up 1 --random-weights --budget 0.01"
+    status = scripts.main.main([*line.split(), "--set", "hardware.threads=1", "--out", str(out)])
     results = json.loads(out.read_text())
     plain, step = results["cells"]
-    assert plain["kind"] == "yardstick" and plain["seconds_per_step"][0] > 0
-    assert plain["random_weights"] == ["torchvision_vgg16"]
-    # 16 px are too few for the perceptual term, which the yardstick does not mind.
-    assert step["kind"] == "step" and "too small" in step["failed"]
-    assert "FAILED" in capsys.readouterr().out
-    assert results["command"].startswith("python scripts/benchmark.py --recipes tiny")
+    assert len(plain["seconds_per_step"]) == 2 and plain["seconds_per_step"][0] > 0
+    assert plain["start_seconds"] > 0 and plain["random_weights"] == ["torchvision_vgg16"]
+    assert torch.__version__.startswith(plain["versions"]["torch"]) and "threads" in plain["device"]
+    assert step["failed"] == "no time was left for it" and status == 1
+    assert results["command"].startswith("python scripts/benchmark.py --windows 2")
+    assert results["settings"]["overrides"] == ["hardware.threads=1"]
+    printed = capsys.readouterr().out
+    assert "yardstick on cpu: " in printed and "FAILED: no time was left for it" in printed
+
+
+def test_a_process_that_fails_leaves_its_last_line(
+    scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    cell = scripts.cells.Cell("step", "tiny", 32, "cpu")
+    (tmp_path / "stderr").write_text("Traceback\nRuntimeError: no more\n")
+    report = scripts.main.read_report(cell, tmp_path, "")
+    assert report["failed"] == "RuntimeError: no more" and report["stderr"][0] == "Traceback"
+    assert report["recipe"] == "tiny"
+    assert scripts.main.read_report(cell, tmp_path, "not done")["failed"] == "not done"
+    args = scripts.main.parse(["--timeout", "0.01"])
+    # Killed before it has imported anything.
+    (report,) = scripts.main.start(cell, args, settings(scripts), tmp_path)
+    assert report["failed"] == "not done after 0 s"
 
 
 def test_suites_and_what_is_left_of_them(scripts: SimpleNamespace) -> None:
