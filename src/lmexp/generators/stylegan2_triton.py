@@ -24,12 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FORWARD_TILE, FORWARD_WARPS = 4096, 4
-BACKWARD_TILE, BACKWARD_WARPS = 2048, 4
-ADJOINT_TILE, ADJOINT_WARPS = 4096, 4
-"""Elements of a tile and warps that work on it."""
-PROGRAMS = 1056
-"""Programs that share the pixels of a batch in the backward pass: 8 for each of 132 processors."""
+FORWARD_TILE, FORWARD_WARPS = 2048, 4
+BACKWARD_TILE, BACKWARD_WARPS = 1024, 4
+FILTER_TILE = 1024
+"""Elements of a tile (where there is a filter, one of four in a cell) and warps that work on it."""
+STAGES = 3
+"""Tiles of the backward pass under way at once, without a filter. Its sums take the registers that
+further warps would need, so loads ahead, not warps, have to hide the memory's latency."""
+PROGRAMS = 1584
+"""Programs that share the pixels of a batch in the backward pass: 12 for each of 132 processors."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -49,10 +52,10 @@ def _locate(row, column, width, C: tl.constexpr, PHASES: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gather(  # type: ignore[no-untyped-def] # pragma: no cover
+def _filter(  # type: ignore[no-untyped-def] # pragma: no cover
     source,
-    row,
-    column,
+    top,
+    left,
     channel,
     mask,
     height,
@@ -63,25 +66,80 @@ def _gather(  # type: ignore[no-untyped-def] # pragma: no cover
     P_BLOCK: tl.constexpr,
     C_BLOCK: tl.constexpr,
 ):
-    if TAPS == 1:
-        offset = _locate(row, column, width, C, PHASES)
-        value = tl.load(source + offset[:, None] + channel[None, :], mask=mask, other=0.0)
-        total = value.to(tl.float32)
-    else:
-        total = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-        shift: tl.constexpr = 1 if TAPS == 4 else 0
-        for down in tl.static_range(TAPS):
-            for right in tl.static_range(TAPS):
-                y = row + (down - shift)
-                x = column + (right - shift)
-                inside = mask
-                if TAPS == 4:
-                    there = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-                    inside = mask & there[:, None]
-                offset = _locate(y, x, width, C, PHASES)
-                value = tl.load(source + offset[:, None] + channel[None, :], mask=inside, other=0.0)
-                total += value.to(tl.float32) * (_tap(down, TAPS) * _tap(right, TAPS))
-    return total
+    # The filter at the four pixels of a cell. They share most of what they read, and the filter is
+    # separable: a quarter of the reads and less than half of the additions of four times one pixel.
+    upper_left = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    upper_right = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    lower_left = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    lower_right = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    for down in tl.static_range(TAPS + 1):
+        y = top + down
+        in_rows = (y >= 0) & (y < height)
+        one = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+        other = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+        for right in tl.static_range(TAPS + 1):
+            x = left + right
+            inside = mask & (in_rows & (x >= 0) & (x < width))[:, None]
+            offset = _locate(y, x, width, C, PHASES)
+            value = tl.load(source + offset[:, None] + channel[None, :], mask=inside, other=0.0)
+            value = value.to(tl.float32)
+            if right < TAPS:
+                one += value * _tap(right, TAPS)
+            if right > 0:
+                other += value * _tap(right - 1, TAPS)
+        if down < TAPS:
+            upper_left += one * _tap(down, TAPS)
+            upper_right += other * _tap(down, TAPS)
+        if down > 0:
+            lower_left += one * _tap(down - 1, TAPS)
+            lower_right += other * _tap(down - 1, TAPS)
+    return upper_left, upper_right, lower_left, lower_right
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def] # pragma: no cover
+    convolved,
+    pixel,
+    pixels,
+    channel,
+    there,
+    mask,
+    demodulate,
+    shift,
+    noise,
+    factor,
+    style,
+    rgb,
+    features,
+    image,
+    rgb_stride,
+    clamp,
+    C: tl.constexpr,
+    NOISE: tl.constexpr,
+    STYLES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    RGB: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LEAK: tl.constexpr,
+):
+    x = convolved * demodulate
+    if NOISE:
+        added = tl.load(noise + pixel, mask=there, other=0.0)
+        x += (added * factor)[:, None]
+    x += shift
+    x = tl.where(x > 0, x, x * LEAK)
+    if CLAMP:
+        x = tl.minimum(tl.maximum(x, -clamp), clamp)
+    if FEATURES:
+        modulated = x
+        if STYLES:
+            modulated = x * style
+        tl.store(features + pixel[:, None] * C + channel[None, :], modulated, mask=mask)
+    if RGB:
+        for colour in tl.static_range(3):
+            row = tl.load(rgb + colour * rgb_stride + channel, mask=channel < C, other=0.0)
+            total = tl.sum(x * row[None, :], 1)
+            tl.store(image + colour * pixels + pixel, total, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -109,6 +167,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     P_BLOCK: tl.constexpr,
     PHASES: tl.constexpr,
     TAPS: tl.constexpr,
+    BORDER: tl.constexpr,
     NOISE: tl.constexpr,
     SCALED: tl.constexpr,
     STYLES: tl.constexpr,
@@ -119,52 +178,120 @@ def _forward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 ):
     n = tl.program_id(1).to(tl.int64)
     pixels = height * width
-    pixel = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
     channel = tl.arange(0, C_BLOCK)
-    there = pixel < pixels
     known = channel < C
-    mask = there[:, None] & known[None, :]
-    x = _gather(
-        source + n * source_height * source_width * C,
-        pixel // width,
-        pixel % width,
-        channel,
-        mask,
-        source_height,
-        source_width,
-        C,
-        PHASES,
-        TAPS,
-        P_BLOCK,
-        C_BLOCK,
-    )
-    x = (
-        x
-        * tl.load(demodulation + n * demodulation_stride + channel, mask=known, other=0.0)[None, :]
-    )
+    demodulate = tl.load(demodulation + n * demodulation_stride + channel, mask=known, other=0.0)
+    demodulate = demodulate[None, :]
+    shift = tl.load(bias + channel, mask=known, other=0.0)[None, :]
+    factor = 1.0
+    if SCALED:
+        factor = tl.load(strength)
+    style = 1.0
+    if STYLES:
+        style = tl.load(styles + n * styles_stride + channel, mask=known, other=0.0)[None, :]
+    source += n * source_height * source_width * C
     if NOISE:
-        added = tl.load(noise + n * noise_stride + pixel, mask=there, other=0.0)
-        if SCALED:
-            added = added * tl.load(strength)
-        x += added[:, None]
-    x += tl.load(bias + channel, mask=known, other=0.0)[None, :]
-    x = tl.where(x > 0, x, x * LEAK)
-    if CLAMP:
-        x = tl.minimum(tl.maximum(x, -clamp), clamp)
-    if FEATURES:
-        modulated = x
-        if STYLES:
-            modulated = (
-                x * tl.load(styles + n * styles_stride + channel, mask=known, other=0.0)[None, :]
-            )
-        offset = pixel[:, None] * C + channel[None, :]
-        tl.store(features + n * pixels * C + offset, modulated, mask=mask)
+        noise += n * noise_stride
+    features += n * pixels * C
     if RGB:
-        for colour in tl.static_range(3):
-            row = tl.load(rgb + (n * 3 + colour) * rgb_stride + channel, mask=known, other=0.0)
-            tl.store(
-                image + (n * 3 + colour) * pixels + pixel, tl.sum(x * row[None, :], 1), mask=there
-            )
+        rgb += n * 3 * rgb_stride
+        image += n * 3 * pixels
+    unit = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
+    if TAPS == 1:
+        there = unit < pixels
+        mask = there[:, None] & known[None, :]
+        offset = unit * C
+        if PHASES:
+            offset = _locate(unit // width, unit % width, width, C, PHASES)
+        convolved = tl.load(source + offset[:, None] + channel[None, :], mask=mask, other=0.0)
+        _finish(
+            convolved.to(tl.float32), unit, pixels, channel, there, mask, demodulate, shift, noise,
+            factor, style, rgb, features, image, rgb_stride, clamp, C, NOISE, STYLES, FEATURES, RGB,
+            CLAMP, LEAK,
+        )  # fmt: skip
+    else:
+        there = unit < pixels // 4
+        mask = there[:, None] & known[None, :]
+        row = unit // (width // 2) * 2
+        column = unit % (width // 2) * 2
+        cell = _filter(
+            source, row - BORDER, column - BORDER, channel, mask, source_height, source_width, C,
+            PHASES, TAPS, P_BLOCK, C_BLOCK,
+        )  # fmt: skip
+        for corner in tl.static_range(4):
+            _finish(
+                cell[corner], (row + corner // 2) * width + column + corner % 2, pixels, channel,
+                there, mask, demodulate, shift, noise, factor, style, rgb, features, image,
+                rgb_stride, clamp, C, NOISE, STYLES, FEATURES, RGB, CLAMP, LEAK,
+            )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _differentiate(  # type: ignore[no-untyped-def] # pragma: no cover
+    convolved,
+    pixel,
+    pixels,
+    channel,
+    there,
+    mask,
+    demodulate,
+    shift,
+    noise,
+    factor,
+    style,
+    red,
+    green,
+    blue,
+    grad_features,
+    grad_image,
+    grad_noise,
+    clamp,
+    sum_demodulation,
+    sum_styles,
+    sum_red,
+    sum_green,
+    sum_blue,
+    C: tl.constexpr,
+    NOISE: tl.constexpr,
+    NOISE_GRADIENT: tl.constexpr,
+    STYLES: tl.constexpr,
+    FEATURES: tl.constexpr,
+    RGB: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LEAK: tl.constexpr,
+):
+    u = convolved * demodulate
+    if NOISE:
+        added = tl.load(noise + pixel, mask=there, other=0.0)
+        u += (added * factor)[:, None]
+    u += shift
+    slope = tl.where(u > 0, 1.0, LEAK)
+    x = u * slope
+    if CLAMP:
+        slope = tl.where((x >= -clamp) & (x <= clamp), slope, 0.0)
+        x = tl.minimum(tl.maximum(x, -clamp), clamp)
+    gradient = tl.zeros_like(convolved)
+    if FEATURES:
+        offset = pixel[:, None] * C + channel[None, :]
+        gradient = tl.load(grad_features + offset, mask=mask, other=0.0).to(tl.float32)
+        if STYLES:
+            sum_styles += gradient * x
+            gradient = gradient * style
+    if RGB:
+        colour = tl.load(grad_image + pixel, mask=there, other=0.0)[:, None]
+        sum_red += colour * x
+        gradient += colour * red
+        colour = tl.load(grad_image + pixels + pixel, mask=there, other=0.0)[:, None]
+        sum_green += colour * x
+        gradient += colour * green
+        colour = tl.load(grad_image + 2 * pixels + pixel, mask=there, other=0.0)[:, None]
+        sum_blue += colour * x
+        gradient += colour * blue
+    gradient = gradient * slope
+    sum_demodulation += gradient * convolved
+    if NOISE_GRADIENT:
+        tl.store(grad_noise + pixel, tl.sum(gradient, 1) * factor, mask=there)
+    return gradient * demodulate, sum_demodulation, sum_styles, sum_red, sum_green, sum_blue
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -196,6 +323,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     P_BLOCK: tl.constexpr,
     PHASES: tl.constexpr,
     TAPS: tl.constexpr,
+    BORDER: tl.constexpr,
     NOISE: tl.constexpr,
     SCALED: tl.constexpr,
     NOISE_GRADIENT: tl.constexpr,
@@ -205,92 +333,79 @@ def _backward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CLAMP: tl.constexpr,
     LEAK: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     n = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0)
     pixels = height * width
     channel = tl.arange(0, C_BLOCK)
     known = channel < C
-    demodulate = tl.load(demodulation + n * demodulation_stride + channel, mask=known, other=0.0)[
-        None, :
-    ]
-    offset_bias = tl.load(bias + channel, mask=known, other=0.0)[None, :]
-    source += n * source_height * source_width * C
-    grad_source += n * pixels * C
-    sum_demodulation = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-    if STYLES:
-        style = tl.load(styles + n * styles_stride + channel, mask=known, other=0.0)[None, :]
-        sum_styles = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-    if RGB:
-        red = tl.load(rgb + n * 3 * rgb_stride + channel, mask=known, other=0.0)[None, :]
-        green = tl.load(rgb + (n * 3 + 1) * rgb_stride + channel, mask=known, other=0.0)[None, :]
-        blue = tl.load(rgb + (n * 3 + 2) * rgb_stride + channel, mask=known, other=0.0)[None, :]
-        sum_red = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-        sum_green = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-        sum_blue = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    demodulate = tl.load(demodulation + n * demodulation_stride + channel, mask=known, other=0.0)
+    demodulate = demodulate[None, :]
+    shift = tl.load(bias + channel, mask=known, other=0.0)[None, :]
     factor = 1.0
     if SCALED:
         factor = tl.load(strength)
-    for tile in range(program, tl.cdiv(pixels, P_BLOCK), programs):
-        pixel = tile * P_BLOCK + tl.arange(0, P_BLOCK)
-        there = pixel < pixels
+    style = 1.0
+    if STYLES:
+        style = tl.load(styles + n * styles_stride + channel, mask=known, other=0.0)[None, :]
+    red = 0.0
+    green = 0.0
+    blue = 0.0
+    if RGB:
+        rgb += n * 3 * rgb_stride
+        red = tl.load(rgb + channel, mask=known, other=0.0)[None, :]
+        green = tl.load(rgb + rgb_stride + channel, mask=known, other=0.0)[None, :]
+        blue = tl.load(rgb + 2 * rgb_stride + channel, mask=known, other=0.0)[None, :]
+    source += n * source_height * source_width * C
+    if NOISE:
+        noise += n * noise_stride
+    grad_features += n * pixels * C
+    grad_image += n * 3 * pixels
+    grad_noise += n * pixels
+    grad_source += n * pixels * C
+    sum_demodulation = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    sum_styles = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    sum_red = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    sum_green = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    sum_blue = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
+    units = pixels if TAPS == 1 else pixels // 4
+    for tile in tl.range(program, tl.cdiv(units, P_BLOCK), programs, num_stages=STAGES):
+        unit = tile * P_BLOCK + tl.arange(0, P_BLOCK)
+        there = unit < units
         mask = there[:, None] & known[None, :]
-        row = pixel // width
-        column = pixel % width
-        offset = pixel[:, None] * C + channel[None, :]
-        convolved = _gather(
-            source,
-            row,
-            column,
-            channel,
-            mask,
-            source_height,
-            source_width,
-            C,
-            PHASES,
-            TAPS,
-            P_BLOCK,
-            C_BLOCK,
-        )
-        u = convolved * demodulate
-        if NOISE:
-            added = tl.load(noise + n * noise_stride + pixel, mask=there, other=0.0)
-            u += (added * factor)[:, None]
-        u += offset_bias
-        slope = tl.where(u > 0, 1.0, LEAK)
-        x = u * slope
-        if CLAMP:
-            slope = tl.where((x >= -clamp) & (x <= clamp), slope, 0.0)
-            x = tl.minimum(tl.maximum(x, -clamp), clamp)
-        gradient = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-        if FEATURES:
-            gradient = tl.load(grad_features + n * pixels * C + offset, mask=mask, other=0.0).to(
-                tl.float32
-            )
-            if STYLES:
-                sum_styles += gradient * x
-                gradient = gradient * style
-        if RGB:
-            base = grad_image + n * 3 * pixels + pixel
-            colour = tl.load(base, mask=there, other=0.0)[:, None]
-            sum_red += colour * x
-            gradient += colour * red
-            colour = tl.load(base + pixels, mask=there, other=0.0)[:, None]
-            sum_green += colour * x
-            gradient += colour * green
-            colour = tl.load(base + 2 * pixels, mask=there, other=0.0)[:, None]
-            sum_blue += colour * x
-            gradient += colour * blue
-        gradient = gradient * slope
-        sum_demodulation += gradient * convolved
-        if NOISE_GRADIENT:
-            tl.store(grad_noise + n * pixels + pixel, tl.sum(gradient, 1) * factor, mask=there)
-        gradient = gradient * demodulate
         if TAPS == 1:
-            place = _locate(row, column, width, C, PHASES)
-            tl.store(grad_source + place[:, None] + channel[None, :], gradient, mask=mask)
+            offset = unit * C
+            if PHASES:
+                offset = _locate(unit // width, unit % width, width, C, PHASES)
+            place = offset[:, None] + channel[None, :]
+            convolved = tl.load(source + place, mask=mask, other=0.0).to(tl.float32)
+            gradient, sum_demodulation, sum_styles, sum_red, sum_green, sum_blue = _differentiate(
+                convolved, unit, pixels, channel, there, mask, demodulate, shift, noise, factor,
+                style, red, green, blue, grad_features, grad_image, grad_noise, clamp,
+                sum_demodulation, sum_styles, sum_red, sum_green, sum_blue, C, NOISE,
+                NOISE_GRADIENT, STYLES, FEATURES, RGB, CLAMP, LEAK,
+            )  # fmt: skip
+            tl.store(grad_source + place, gradient, mask=mask)
         else:
-            tl.store(grad_source + offset, gradient, mask=mask)
+            row = unit // (width // 2) * 2
+            column = unit % (width // 2) * 2
+            cell = _filter(
+                source, row - BORDER, column - BORDER, channel, mask, source_height, source_width,
+                C, PHASES, TAPS, P_BLOCK, C_BLOCK,
+            )  # fmt: skip
+            for corner in tl.static_range(4):
+                pixel = (row + corner // 2) * width + column + corner % 2
+                (
+                    gradient, sum_demodulation, sum_styles, sum_red, sum_green, sum_blue,
+                ) = _differentiate(
+                    cell[corner], pixel, pixels, channel, there, mask, demodulate, shift, noise,
+                    factor, style, red, green, blue, grad_features, grad_image, grad_noise, clamp,
+                    sum_demodulation, sum_styles, sum_red, sum_green, sum_blue, C, NOISE,
+                    NOISE_GRADIENT, STYLES, FEATURES, RGB, CLAMP, LEAK,
+                )  # fmt: skip
+                place = pixel[:, None] * C + channel[None, :]
+                tl.store(grad_source + place, gradient, mask=mask)
     partial += (n * programs + program) * ROWS * C
     tl.store(partial + channel, tl.sum(sum_demodulation, 0), mask=known)
     if STYLES:
@@ -315,37 +430,33 @@ def _adjoint_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     P_BLOCK: tl.constexpr,
     PHASES: tl.constexpr,
     TAPS: tl.constexpr,
+    BORDER: tl.constexpr,
 ):
+    # The filter is symmetric: its adjoint is itself, with the other border.
     n = tl.program_id(1).to(tl.int64)
-    pixel = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
+    unit = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
     channel = tl.arange(0, C_BLOCK)
-    there = pixel < source_height * source_width
-    mask = there[:, None] & (channel < C)[None, :]
-    row = pixel // source_width
-    column = pixel % source_width
-    gradient += n * height * width * C
-    shift: tl.constexpr = 1 if TAPS == 4 else 0
-    total = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
-    for down in tl.static_range(TAPS):
-        for right in tl.static_range(TAPS):
-            y = row - (down - shift)
-            x = column - (right - shift)
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            value = tl.load(
-                gradient + ((y * width + x) * C)[:, None] + channel[None, :],
-                mask=mask & inside[:, None],
-                other=0.0,
-            )
-            total += value.to(tl.float32) * (_tap(down, TAPS) * _tap(right, TAPS))
-    place = _locate(row, column, source_width, C, PHASES)
+    across = (source_width + 1) // 2
+    row = unit // across * 2
+    column = unit % across * 2
+    mask = (row < source_height)[:, None] & (channel < C)[None, :]
+    cell = _filter(
+        gradient + n * height * width * C, row - BORDER, column - BORDER,
+        channel, mask, height, width, C, False, TAPS, P_BLOCK, C_BLOCK,
+    )  # fmt: skip
     grad_source += n * source_height * source_width * C
-    tl.store(grad_source + place[:, None] + channel[None, :], total, mask=mask)
+    for corner in tl.static_range(4):
+        y = row + corner // 2
+        x = column + corner % 2
+        inside = mask & ((y < source_height) & (x < source_width))[:, None]
+        place = _locate(y, x, source_width, C, PHASES)[:, None] + channel[None, :]
+        tl.store(grad_source + place, cell[corner], mask=inside)
 
 
-def _block(C: int, tile: int) -> tuple[int, int]:  # pragma: no cover
-    """(channels, pixels) of a tile."""
+def _block(C: int, tile: int, taps: int) -> tuple[int, int]:  # pragma: no cover
+    """(channels, pixels; where there is a filter, cells of four) of a tile."""
     channels = triton.next_power_of_2(C)
-    return channels, max(1, tile // channels)
+    return channels, max(1, (tile if taps == 1 else FILTER_TILE) // channels)
 
 
 def _sizes(
@@ -397,12 +508,13 @@ def forward(
         )
     shape = (0,) if rgb is None else (N, 3, height, width)
     image = torch.empty(shape, dtype=torch.float32, device=source.device)
-    C_BLOCK, P_BLOCK = _block(C, FORWARD_TILE)
+    C_BLOCK, P_BLOCK = _block(C, FORWARD_TILE, taps)
     noise = None if noise is None else noise.contiguous()
     demodulation = _in_rows(demodulation)
     styles = None if styles is None else _in_rows(styles)
     rgb = None if rgb is None else _in_rows(rgb)
-    _forward_kernel[(triton.cdiv(height * width, P_BLOCK), N)](
+    units = height * width if taps == 1 else height * width // 4
+    _forward_kernel[(triton.cdiv(units, P_BLOCK), N)](
         source,
         demodulation,
         bias,
@@ -426,6 +538,7 @@ def forward(
         P_BLOCK=P_BLOCK,
         PHASES=phases,
         TAPS=taps,
+        BORDER=1 if taps == 4 else 0,
         NOISE=noise is not None,
         SCALED=strength is not None,
         STYLES=styles is not None,
@@ -464,8 +577,9 @@ def backward(
     """
     source = _packed(source)
     N, C, height, width, source_height, source_width = _sizes(source, phases, taps)
-    C_BLOCK, P_BLOCK = _block(C, BACKWARD_TILE)
-    programs = min(triton.cdiv(height * width, P_BLOCK), triton.cdiv(PROGRAMS, N))
+    C_BLOCK, P_BLOCK = _block(C, BACKWARD_TILE, taps)
+    units = height * width if taps == 1 else height * width // 4
+    programs = min(triton.cdiv(units, P_BLOCK), triton.cdiv(PROGRAMS, N))
     rows = 1 + (styles is not None) + 3 * (rgb is not None)
     partial = torch.empty((N, programs, rows, C), dtype=torch.float32, device=source.device)
     grad_source = torch.empty_like(source, memory_format=torch.channels_last)
@@ -511,6 +625,7 @@ def backward(
         P_BLOCK=P_BLOCK,
         PHASES=phases,
         TAPS=taps,
+        BORDER=1 if taps == 4 else 0,
         NOISE=noise is not None,
         SCALED=strength is not None,
         NOISE_GRADIENT=noise_gradient,
@@ -520,11 +635,12 @@ def backward(
         CLAMP=clamp > 0,
         LEAK=leak,
         ROWS=rows,
+        STAGES=STAGES if taps == 1 else 1,
         num_warps=BACKWARD_WARPS,
     )
     if taps > 1:
-        C_BLOCK, P_BLOCK = _block(C, ADJOINT_TILE)
-        _adjoint_kernel[(triton.cdiv(source_height * source_width, P_BLOCK), N)](
+        cells = (source_height + 1) // 2 * ((source_width + 1) // 2)
+        _adjoint_kernel[(triton.cdiv(cells, P_BLOCK), N)](
             convolved,
             grad_source,
             height,
@@ -536,6 +652,7 @@ def backward(
             P_BLOCK=P_BLOCK,
             PHASES=phases,
             TAPS=taps,
-            num_warps=ADJOINT_WARPS,
+            BORDER=2,
+            num_warps=4,
         )
     return grad_source, grad_noise, partial.sum(1)
