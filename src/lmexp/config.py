@@ -220,7 +220,7 @@ class Experiment(Schema):
     inputs: Inputs
     recording: Recording
     tracker: Component
-    figure: dict[str, Component]
+    figure: dict[str, Component] = {}
     seed: Annotated[int, Field(ge=0)]
     output_dir: Annotated[str, Field(min_length=1)]
 

@@ -227,14 +227,19 @@ class _Session:
         side = context.generator.resolution
         if source.path is None:
             return self._generated_face(source, context)
-        face = align_photo(
-            source.path,
-            detector=self.bench.component(config.detector),
-            network=context.heatmap_network,
-            side=side,
-            face=config.inputs.face_of(role),
-            device=self.bench.device,
-        )
+        path, which = source.path, config.inputs.face_of(role)
+
+        def align() -> AlignedFace:
+            return align_photo(
+                path,
+                detector=self.bench.component(config.detector),
+                network=context.heatmap_network,
+                side=side,
+                face=which,
+                device=self.bench.device,
+            )
+
+        face = self.bench.aligned_face(config, source.digest, side, which, align)
         for warning in face.warnings:
             log.warning("inputs.%s: %s", role, warning)
         return face

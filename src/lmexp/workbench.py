@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +13,16 @@ from lmexp.acceleration import Acceleration
 from lmexp.config import MOST_AT_ONCE, Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap
+from lmexp.faces.targets import AlignedFace
 from lmexp.landmarks import groups
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
 from lmexp.recording.progress import ProgressBar
 
 _HALF = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_FACES = 256
+"""Aligned faces that are kept; one of 1024 px takes 3 MiB."""
 
 
 class Workbench:
@@ -32,6 +37,7 @@ class Workbench:
             half=_HALF[hardware.precision], compile=hardware.compile, graphs=hardware.graphs
         )
         self._built: dict[str, Any] = {}
+        self._faces: dict[str, AlignedFace] = {}
 
     def context(self, config: Experiment) -> Context:
         generator = self.module(config.generator)
@@ -76,6 +82,31 @@ class Workbench:
         assert isinstance(module, nn.Module)
         module.eval().requires_grad_(False)
         return module.to(self.device, memory_format=self._memory_format)  # type: ignore[call-overload]
+
+    def aligned_face(
+        self,
+        config: Experiment,
+        photo: str,
+        side: int,
+        face: int | None,
+        align: Callable[[], AlignedFace],
+    ) -> AlignedFace:
+        """A photo's face, aligned once: a sweep shows the same few photos to each of its jobs.
+
+        Args:
+            photo: the SHA-256 of its file.
+            side: px.
+            face: which of it.
+            align: makes it if it is not known.
+        """
+        parts = (config.detector, config.landmarks)
+        plain = [part.model_dump(mode="json", by_alias=True) for part in parts]
+        key = digest([*plain, photo, side, face])
+        if key not in self._faces:
+            self._faces[key] = align()
+            if len(self._faces) > _FACES:
+                self._faces.pop(next(iter(self._faces)))
+        return self._faces[key]
 
     def expression_map(self, config: Experiment) -> ExpressionMap:
         """How the generator's latents move its landmarks; measured once if nobody has yet."""

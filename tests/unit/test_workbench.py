@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
-from lmexp.config import Component, Hardware
+from lmexp.composition import conf_folder
+from lmexp.config import Component, Hardware, validate
 from lmexp.errors import LmexpError
 from lmexp.workbench import Workbench
 
@@ -47,3 +51,27 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Workbench(hardware("cuda:5"))
     assert Workbench(hardware("cuda:1")).device == torch.device("cuda:1")
     assert chosen == [torch.device("cuda:1")]
+
+
+def test_a_photo_is_aligned_once_for_all_jobs() -> None:
+    bench, made = Workbench(hardware()), []
+
+    def align() -> Any:
+        made.append(object())
+        return made[-1]
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        config, other = (
+            validate(compose("config", overrides=[f"landmarks={name}"]))
+            for name in ("fan_slim", "fan_full")
+        )
+    first = bench.aligned_face(config, "sha", 256, None, align)
+    assert bench.aligned_face(config, "sha", 256, None, align) is first
+    assert bench.aligned_face(config, "sha", 256, 1, align) is made[-1]
+    assert bench.aligned_face(config, "other", 256, None, align) is made[-1]
+    assert bench.aligned_face(other, "sha", 256, None, align) is made[-1]
+    assert bench.aligned_face(config, "sha", 512, None, align) is made[-1]
+    assert len(made) == 5
+    for number in range(300):
+        bench.aligned_face(config, f"photo {number}", 256, None, align)
+    assert bench.aligned_face(config, "sha", 256, None, align) is not first  # long forgotten
