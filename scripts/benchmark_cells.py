@@ -174,7 +174,10 @@ def measure(
         if bench.device.type == "cuda":
             report["peak_memory"] = torch.cuda.max_memory_allocated(bench.device)
         if cell.parts:
-            report |= bench.time_parts(settings.repeats)
+            try:
+                report |= bench.time_parts(settings.repeats)
+            except (RuntimeError, ValueError) as fault:  # the step's time stands without
+                report["parts"] = f"{type(fault).__name__}: {fault}"
         report["random_weights"] = sorted(set(random))
         return report
 

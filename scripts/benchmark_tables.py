@@ -44,6 +44,8 @@ def print_tables(results: dict[str, Any]) -> None:
     for cell in results["cells"]:
         if "failed" in cell:
             print(f"\nnot measured: {cell['name']}: {cell['failed']}")
+        elif isinstance(cell.get("parts"), str):
+            print(f"\nparts not measured: {cell['name']}: {cell['parts']}")
 
 
 def milliseconds(cell: dict[str, Any]) -> list[float]:

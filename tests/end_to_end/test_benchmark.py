@@ -168,7 +168,8 @@ def test_a_step_its_parts_and_its_tables(
     two = report | {"devices": 2, "second_start_seconds": 1.5, "second_build_seconds": 2.0}
     larger = report | {"resolution": 64}
     failed = dataclasses.asdict(cell) | {"name": "another", "failed": "out of memory"}
-    cells = [report, yardstick, two, larger, failed]
+    whole = report | {"batch": 4, "name": "a third", "parts": "RuntimeError: no graph"}
+    cells = [report, yardstick, two, larger, failed, whole]
     results = {
         "cells": cells,
         "date": "today",
@@ -179,6 +180,7 @@ def test_a_step_its_parts_and_its_tables(
     printed = capsys.readouterr().out
     assert "revision 0123456; random weights" in printed
     assert "not measured: another: out of memory" in printed
+    assert "parts not measured: a third: RuntimeError: no graph" in printed
     row = next(line for line in printed.splitlines() if line.startswith("| tiny   | 32 | cpu "))
     ratio = float(row.split("|")[8])
     each = sorted(report["seconds_per_step"])
