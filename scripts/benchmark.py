@@ -51,7 +51,8 @@ CUDA = ("cuda", "cuda_fast")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if everything that was asked for was measured, 1 if not."""
-    args = parse(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parse(given)
     if args.cell is not None:
         return measure_for_parent(args)
     for path in args.show:
@@ -73,8 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides=tuple(args.set),
         pictures=None if args.out is None else str(args.out.parent),
     )
+    # Results are published: where this machine keeps them is nobody's business.
+    given = [Path(word).name if word == str(args.out) else word for word in given]
     results: dict[str, Any] = {
-        "command": shlex.join(["python", "scripts/benchmark.py", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "scripts/benchmark.py", *given]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": describe_revision(),
         "settings": dataclasses.asdict(settings),
@@ -91,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 prepare(
                     [c for c in cells[cells.index(cell) :] if compiles(c)], args, settings, scratch
                 )
-                args.prepare = False
+                args.prepare = 0
             spent = time.monotonic() - began
             if results["cells"] and args.budget is not None and spent > args.budget:
                 report = dataclasses.asdict(cell) | {"failed": "no time was left for it"}
@@ -109,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--suite", choices=("quick", "full"), help="what is measured; see below")
+    parser.add_argument(
+        "--suite", choices=("quick", "full"), help="what is measured; narrowed by the next four"
+    )
     parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES))
     parser.add_argument("--hardware", nargs="+", help="choices of conf/hardware")
     parser.add_argument("--resolutions", nargs="+", type=int)
@@ -331,7 +336,8 @@ def read_report(cell: Cell, own: Path, late: str) -> dict[str, Any]:
         return report
     lines = (own / "stderr").read_text().strip().splitlines()
     reason = late or (lines[-1] if lines else "it ended without a word")
-    return dataclasses.asdict(cell) | {"failed": reason, "stderr": lines[-30:]}
+    print(*lines[-30:], sep="\n", file=sys.stderr)
+    return dataclasses.asdict(cell) | {"failed": reason}
 
 
 def compiles(cell: Cell) -> bool:

@@ -239,18 +239,20 @@ def test_command_measures_in_a_process_of_its_own(
     assert torch.__version__.startswith(plain["versions"]["torch"]) and "threads" in plain["device"]
     assert step["failed"] == "no time was left for it" and status == 1
     assert results["command"].startswith("python scripts/benchmark.py --windows 2")
+    assert results["command"].endswith("--out results.json") and str(tmp_path) not in str(results)
     assert results["settings"]["overrides"] == ["hardware.threads=1"]
     printed = capsys.readouterr().out
     assert "yardstick on cpu: " in printed and "FAILED: no time was left for it" in printed
 
 
 def test_a_process_that_fails_leaves_its_last_line(
-    scripts: SimpleNamespace, tmp_path: Path
+    scripts: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     cell = scripts.cells.Cell("step", "tiny", 32, "cpu")
     (tmp_path / "stderr").write_text("Traceback\nRuntimeError: no more\n")
     report = scripts.main.read_report(cell, tmp_path, "")
-    assert report["failed"] == "RuntimeError: no more" and report["stderr"][0] == "Traceback"
+    assert report["failed"] == "RuntimeError: no more"
+    assert capsys.readouterr().err == "Traceback\nRuntimeError: no more\n"
     assert report["recipe"] == "tiny"
     assert scripts.main.read_report(cell, tmp_path, "not done")["failed"] == "not done"
     args = scripts.main.parse(["--timeout", "0.01"])
