@@ -528,7 +528,7 @@ def main() -> None:
     evaluate(average, val_images, val_landmarks)
     reserve = 3 + 1.5 * (time.monotonic() - before)
     training = time.monotonic()
-    span = max(5.0, 60 * args.minutes - (training - start) - reserve)
+    span = max(1.0, 60 * args.minutes - (training - start) - reserve)
 
     step, printed, saved = 0, training, training
     running = torch.zeros(3, device=device)
