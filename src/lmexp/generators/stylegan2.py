@@ -108,10 +108,11 @@ def choose_split(side: int) -> Split:
     Measured on one H200 (bfloat16, channels-last, config F, batch of 8, forward and backward, us an
     image of the convolution alone, as transposed / quads / phases): 32 px 9 / 11 / 16; 64 px
     17 / 29 / 81; 128 px 32 / 49 / 99; 256 px 35 / 47 / 99; 512 px 50 / 53 / 103. Against that,
-    the epilogue's backward pass takes 16, 9 or 1 reads a value, and a further kernel unless there
-    is 1. Small maps wait for launches, so fewest kernels win; then multiplications matter, then
-    reads. The whole synthesis at 1024 px took 1.67 ms with this choice, 1.73 with quads
-    everywhere, 1.77 with phases and 1.98 with transposed.
+    filtering 3x3 or 4x4 taps costs the epilogue reads, and its backward pass a further kernel.
+    Small maps wait for launches, so fewest kernels win; then multiplications matter, then reads.
+    The whole synthesis at 1024 px took 1.67 ms an image with this choice, 1.73 with quads
+    everywhere, 1.77 with phases and 1.98 with transposed; that was with kernels that filtered
+    pixel by pixel. At 1024 px itself nobody has timed the three apart.
     """
     if side <= 32:
         return "phases"

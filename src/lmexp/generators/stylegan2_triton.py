@@ -67,7 +67,7 @@ def _filter(  # type: ignore[no-untyped-def] # pragma: no cover
     C_BLOCK: tl.constexpr,
 ):
     # The filter at the four pixels of a cell. They share most of what they read, and the filter is
-    # separable: a quarter of the reads and less than half of the additions of four times one pixel.
+    # separable: less than half of the reads and additions of four times one pixel.
     upper_left = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
     upper_right = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
     lower_left = tl.zeros([P_BLOCK, C_BLOCK], dtype=tl.float32)
