@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -335,7 +336,9 @@ def read_report(cell: Cell, own: Path, late: str) -> dict[str, Any]:
         report: dict[str, Any] = json.loads((own / "report.json").read_text())
         return report
     lines = (own / "stderr").read_text().strip().splitlines()
-    reason = late or (lines[-1] if lines else "it ended without a word")
+    # torch appends advice to what it raises: the exception's own line says more.
+    raised = [line for line in lines if re.match(r"(benchmark|[\w.]+(Error|Exception)): ", line)]
+    reason = late or (raised or lines or ["it ended without a word"])[-1]
     print(*lines[-30:], sep="\n", file=sys.stderr)
     return dataclasses.asdict(cell) | {"failed": reason}
 

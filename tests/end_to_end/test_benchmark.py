@@ -249,10 +249,10 @@ def test_a_process_that_fails_leaves_its_last_line(
     scripts: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     cell = scripts.cells.Cell("step", "tiny", 32, "cpu")
-    (tmp_path / "stderr").write_text("Traceback\nRuntimeError: no more\n")
+    (tmp_path / "stderr").write_text("Traceback\nRuntimeError: no more\nAdvice\n")
     report = scripts.main.read_report(cell, tmp_path, "")
     assert report["failed"] == "RuntimeError: no more"
-    assert capsys.readouterr().err == "Traceback\nRuntimeError: no more\n"
+    assert capsys.readouterr().err == "Traceback\nRuntimeError: no more\nAdvice\n"
     assert report["recipe"] == "tiny"
     assert scripts.main.read_report(cell, tmp_path, "not done")["failed"] == "not done"
     args = scripts.main.parse(["--timeout", "0.01"])
