@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -476,3 +477,24 @@ def test_fields_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         small_config().resolution = 8  # type: ignore[misc]
     assert json.loads(small_config().to_json())["channels"] == {"4": 8, "8": 8, "16": 4}
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_compiled_is_the_whole_or_what_has_no_kernel(half: bool) -> None:
+    network = StyleGAN2Random(resolution=32, channel_base=512, channel_max=32, latent_dim=32)
+    ws = torch.randn(2, network.num_ws, network.w_dim)
+    if half:
+        network.lower_precision(torch.bfloat16)
+    expected = network.synthesis(ws)
+    calls: list[object] = []
+
+    def fuse(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(*tensors: Any) -> torch.Tensor:
+            calls.append(function)
+            return function(*tensors)
+
+        return counted
+
+    network.compile_regions(fuse)
+    assert torch.equal(network.synthesis(ws), expected)
+    assert len(calls) == (3 if half else 1)  # 8, 16 and 32 px

@@ -18,7 +18,7 @@ precision, which is for GPUs, computes all styles and demodulation coefficients 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, cast
 
 import torch
@@ -286,6 +286,15 @@ class ToRGB(nn.Module):
         return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
+Grow = Callable[[Tensor, Tensor | None], Tensor]
+"""(image of the resolution below, this one's layer) -> this one's image."""
+
+
+def _double_and_add(image: Tensor, layer: Tensor | None) -> Tensor:
+    image = double_side(image)
+    return image if layer is None else image + layer
+
+
 class Block(nn.Module):
     """All layers of one resolution.
 
@@ -324,6 +333,12 @@ class Block(nn.Module):
         if skip is not None:
             skip = skip.float() / math.sqrt(2 * skip.shape[1])
         self.register_buffer("skip", skip)
+        self._add_up: Grow | None = None
+
+    def fuse_image(self, fuse: Callable[[Grow], Grow]) -> None:
+        """Compute the image's doubling and sum, a dozen passes, as one kernel."""
+        if self.low_pass.is_binomial:
+            self._add_up = fuse(_double_and_add)
 
     def forward(
         self, x: Tensor, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
@@ -411,12 +426,14 @@ class Block(nn.Module):
                 # A row a pixel: of channels-last features, that is a view.
                 rows = made.permute(0, 2, 3, 1).flatten(1, 2) @ rgb.transpose(1, 2).to(made.dtype)
                 layer = rows.transpose(1, 2).reshape(len(made), -1, *made.shape[2:]).to(rgb.dtype)
-        if image is not None:
-            image = self._double_side(image)
         if self.to_rgb is not None and layer is not None:
             layer = self.to_rgb.finish(layer)
-            image = layer if image is None else image + layer
-        return made, image
+        if image is None:
+            return made, layer
+        if self._add_up is not None:
+            return made, self._add_up(image, layer)
+        image = self._double_side(image)
+        return made, image if layer is None else image + layer
 
     def _double_side(self, x: Tensor) -> Tensor:
         return double_side(x) if self.low_pass.is_binomial else self.low_pass.upsample(x)
@@ -623,6 +640,20 @@ class StyleGAN2Network(nn.Module):
             2 * first - 1,
             next(2 * index + 1 for index, layer in images if layer is not None),
         ).requires_grad_(False)
+
+    def compile_regions(
+        self, fuse: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    ) -> None:
+        """Compile what has no kernel of its own: in half precision the image's way alone.
+
+        What lies between convolutions has one then (`stylegan2_epilogue`), so compiling the whole
+        would cost a minute and gain little.
+        """
+        if self._tables is None:
+            self.synthesis = fuse(self.synthesis)  # type: ignore[method-assign]
+            return
+        for block in self._list_blocks():
+            block.fuse_image(fuse)
 
     def _list_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self._blocks))
