@@ -31,6 +31,7 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     assert index["jobs"] == read_index(three)["jobs"]
     assert index["name"] == "weights"
     assert [job["overrides"]["landmark_weights"] for job in index["jobs"]] == [
+        "lips",
         "reference",
         "uniform",
         "mouth",
@@ -50,9 +51,9 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
         assert summary["overrides"] == [f"landmark_weights={job['overrides']['landmark_weights']}"]
     for suffix in ("png", "pdf"):
         assert (one / "figures" / f"weights_grid.{suffix}").stat().st_size > 0
-    assert "7 finished" in batched.out and str(three) in batched.out
+    assert "8 finished" in batched.out and str(three) in batched.out
     different = {latents(one / job["folder"]).tobytes() for job in index["jobs"]}
-    assert len(different) == 7
+    assert len(different) == 8
 
 
 def test_one_failing_job_leaves_the_others_alone(lmexp: CommandLine) -> None:
