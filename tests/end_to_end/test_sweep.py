@@ -23,7 +23,7 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     assert alone.code == 0, alone
     batched = lmexp(*words, "hardware.batch_size=3", "output_dir=batched")
     assert batched.code == 0
-    assert "jobs 1–3/7" in batched.err and "jobs 7–7/7" not in batched.err
+    assert "jobs 1–3/8" in batched.err and "jobs 8–8/8" not in batched.err
 
     (one,), (three,) = (list(Path(root).glob("weights-*")) for root in ("alone", "batched"))
     assert one.name == three.name
