@@ -34,7 +34,10 @@ class Workbench:
             torch.channels_last if hardware.channels_last else torch.contiguous_format
         )
         self.acceleration = Acceleration(
-            half=_HALF[hardware.precision], compile=hardware.compile, graphs=hardware.graphs
+            half=_HALF[hardware.precision],
+            compile=hardware.compile,
+            # A worker of a sweep may have been given a CPU in place of the GPU.
+            graphs=hardware.graphs and self.device.type == "cuda",
         )
         self._built: dict[str, Any] = {}
         self._faces: dict[str, AlignedFace] = {}

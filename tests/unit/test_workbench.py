@@ -6,8 +6,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from lmexp.acceleration import PLAIN, Acceleration
 from lmexp.composition import conf_folder
-from lmexp.config import Component, Hardware, validate
+from lmexp.config import MOST_AT_ONCE, Component, Hardware, validate
 from lmexp.errors import LmexpError
 from lmexp.workbench import Workbench
 
@@ -75,3 +76,26 @@ def test_a_photo_is_aligned_once_for_all_jobs() -> None:
     for number in range(300):
         bench.aligned_face(config, f"photo {number}", 256, None, align)
     assert bench.aligned_face(config, "sha", 256, None, align) is not first  # long forgotten
+
+
+def test_hardware_says_how_steps_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accelerate(**keys: Any) -> Acceleration:
+        return Workbench(hardware().model_copy(update=keys)).acceleration
+
+    assert accelerate() == PLAIN
+    assert accelerate(precision="bfloat16", compile=True) == Acceleration(torch.bfloat16, True)
+    assert accelerate(graphs=True) == PLAIN  # a CPU in place of the GPU that the config names
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert accelerate(device="cuda", graphs=True).graphs
+
+
+def test_a_cpu_takes_one_job_at_a_time() -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
+        config, gpu = (
+            validate(compose("config", overrides=[f"hardware={name}"])) for name in ("cpu", "cuda")
+        )
+        with pytest.raises(LmexpError, match=r"graphs: CUDA graphs need a CUDA GPU"):
+            validate(compose("config", overrides=["hardware.graphs=true"]))
+    assert config.hardware.batch_limit == 1 and Workbench(config.hardware).count_rows(config) == 1
+    assert gpu.hardware.batch_limit == MOST_AT_ONCE
