@@ -14,6 +14,8 @@ from lmexp.errors import LmexpError
 from lmexp.latents import draw_normal
 
 GENERATED = re.compile(r"generated:(\d+)")
+TRUNCATION = 0.7
+"""ψ of generated input faces: nearer to the mean, hence cleaner (arXiv 1812.04948, appendix B)."""
 SAMPLES = {
     # NASA's portrait of Eileen Collins, in the public domain; shipped by scikit-image.
     "astronaut": Path(skimage.data.__file__).parent / "astronaut.png",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lmexp.inputs import draw_z
+from lmexp.inputs import TRUNCATION, draw_z
 from lmexp.landmarks.decoding import decode
 from lmexp.latents import expand, start_at_mean
 from lmexp.losses.objective import Objective
@@ -14,7 +14,6 @@ from lmexp.losses.protocol import Context, Targets, Term
 from lmexp.projection import project
 from lmexp.schedule import Schedule
 
-TRUNCATION = 0.7
 SHARE = 0.85
 """Of the free memory that a batch may take: graphs and convolutions ask for some beside it."""
 

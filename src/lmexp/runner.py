@@ -50,8 +50,6 @@ from lmexp.stopping import Interrupted, StopRequest, listen
 from lmexp.workbench import Workbench
 
 log = logging.getLogger("lmexp")
-TRUNCATION = 0.7
-"""ψ of generated input faces: nearer to the mean, hence cleaner (arXiv 1812.04948, appendix B)."""
 
 
 def run(
@@ -250,7 +248,7 @@ class _Session:
         generator, w_avg = context.generator, context.latent_statistics.w_avg
         with torch.no_grad():
             w = generator.mapping(inputs.draw_z(source.seed, generator.z_dim).to(w_avg))
-            w = w_avg + TRUNCATION * (w - w_avg)
+            w = w_avg + inputs.TRUNCATION * (w - w_avg)
             image = generator.synthesis(expand(w[:, None], generator.num_ws))
             landmarks = decode(context.heatmap_network(image), generator.resolution)
         return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
