@@ -56,8 +56,10 @@ def test_a_run_on_cuda_comes_to_what_it_does_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    on_cpu = run(monkeypatch, *TINY, "hardware=cpu", "output_dir=cpu")
-    on_cuda = run(monkeypatch, *TINY, "hardware=cuda", "output_dir=cuda")
+    # The head start of a generator known by 16 pictures is a fit that rounding moves.
+    words = [*TINY, "latent.head_start=0"]
+    on_cpu = run(monkeypatch, *words, "hardware=cpu", "output_dir=cpu")
+    on_cuda = run(monkeypatch, *words, "hardware=cuda", "output_dir=cuda")
     assert on_cpu.name == on_cuda.name
     ws = [RunFolder(path).read_projection()[0] for path in (on_cpu, on_cuda)]
     # Adam's first steps divide tiny gradients by their own size: rounding shows in a few.
