@@ -8,10 +8,13 @@ from pathlib import Path
 
 import skimage.data
 import torch
+from torch import Tensor
 
 from lmexp.content import digest_file
 from lmexp.errors import LmexpError
-from lmexp.latents import draw_normal
+from lmexp.landmarks.decoding import decode
+from lmexp.latents import draw_normal, expand
+from lmexp.losses.protocol import Context
 
 GENERATED = re.compile(r"generated:(\d+)")
 TRUNCATION = 0.7
@@ -64,3 +67,18 @@ def find(text: str, key: str) -> Source:
 def draw_z(seed: int, z_dim: int) -> torch.Tensor:
     """[1, z_dim], the latent of `generated:SEED`."""
     return draw_normal((1, z_dim), seed, "face")
+
+
+def generate_face(context: Context, seed: int) -> tuple[Tensor, Tensor]:
+    """A face of the generator, truncated by `TRUNCATION`.
+
+    Returns:
+        (image [1, 3, R, R], nominally in [-1, 1]; its landmarks [1, 68, 2], px).
+    """
+    generator, w_avg = context.generator, context.latent_statistics.w_avg
+    with torch.no_grad():
+        w = generator.mapping(draw_z(seed, generator.z_dim).to(w_avg))
+        w = w_avg + TRUNCATION * (w - w_avg)
+        image = generator.synthesis(expand(w[:, None], generator.num_ws))
+        landmarks = decode(context.heatmap_network(image), generator.resolution)
+    return image, landmarks

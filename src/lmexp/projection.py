@@ -183,7 +183,7 @@ class _Batch:
         self._parameters = [_Parameter(value, context, schedule) for value in values]
         self.draws = Draws(seeds, ws.device)
         self.counts = [0] * len(seeds)
-        self._numbers = ws.new_zeros(len(_Numbers.__annotations__), len(seeds))
+        self._numbers = ws.new_zeros(len(_Numbers._fields), len(seeds))
         self._report = ws.new_zeros(2, len(seeds))
 
     def restore(self, states: Sequence[State]) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lmexp.inputs import TRUNCATION, draw_z
-from lmexp.landmarks.decoding import decode
-from lmexp.latents import expand, start_at_mean
+from lmexp.inputs import generate_face
+from lmexp.latents import start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets, Term
 from lmexp.projection import project
@@ -27,29 +26,19 @@ def make_targets(context: Context, rows: int, landmark_weights: torch.Tensor) ->
     Returns:
         `rows` of them.
     """
-    generator, w_avg = context.generator, context.latent_statistics.w_avg
-    z = torch.cat([draw_z(seed, generator.z_dim) for seed in range(2 * rows)]).to(w_avg)
-    with torch.no_grad():
-        w = w_avg + TRUNCATION * (generator.mapping(z) - w_avg)
-        # One at a time: this must not take more memory than a step does.
-        faces = torch.cat(
-            [generator.synthesis(expand(one[None, None], generator.num_ws)) for one in w]
-        )
-        landmarks = torch.cat(
-            [decode(context.heatmap_network(face[None]), generator.resolution) for face in faces]
-        )
+    # One at a time: this must not take more memory than a step does.
+    made = [generate_face(context, seed) for seed in range(2 * rows)]
+    faces, landmarks = (torch.cat(parts) for parts in zip(*made, strict=True))
     return Targets(
         look=faces[:rows],
         look_landmarks=landmarks[:rows],
         expression=faces[rows:],
         expression_landmarks=landmarks[rows:],
-        landmark_weights=landmark_weights.to(w_avg).expand(rows, -1),
+        landmark_weights=landmark_weights.to(faces).expand(rows, -1),
     )
 
 
-def take_a_step(
-    context: Context, terms: Mapping[str, Term], targets: Targets, space: str, steps: int = 1
-) -> None:
+def take_a_step(context: Context, terms: Mapping[str, Term], targets: Targets, space: str) -> None:
     """Project from the mean; the result is of no use.
 
     Args:
@@ -66,7 +55,7 @@ def take_a_step(
         device=targets.look.device,
     )
     objective = Objective.bind(terms, weights, context, targets)
-    project(context, objective, start, Schedule(steps), seeds=range(rows))
+    project(context, objective, start, Schedule(1), seeds=range(rows))
 
 
 def count_rows(

@@ -245,12 +245,7 @@ class _Session:
     def _generated_face(self, source: Source, context: Context) -> AlignedFace:
         """A face of the generator: aligned by construction."""
         assert source.seed is not None
-        generator, w_avg = context.generator, context.latent_statistics.w_avg
-        with torch.no_grad():
-            w = generator.mapping(inputs.draw_z(source.seed, generator.z_dim).to(w_avg))
-            w = w_avg + inputs.TRUNCATION * (w - w_avg)
-            image = generator.synthesis(expand(w[:, None], generator.num_ws))
-            landmarks = decode(context.heatmap_network(image), generator.resolution)
+        image, landmarks = inputs.generate_face(context, source.seed)
         return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
 
     def _portions(self, ready: Sequence[tuple[int, Job]]) -> Iterator[Sequence[tuple[int, Job]]]:

@@ -58,8 +58,9 @@ class Workbench:
         """How many rows of a batch the device's memory holds, measured once; 1 on a CPU."""
         if self.device.type != "cuda":
             return 1
-        plain = config.model_dump(mode="json", by_alias=True)
-        key = digest(["rows", *(plain[part] for part in ("generator", "landmarks", "loss"))])
+        # Weights differ from batch to batch of a sweep; only whether a term is on takes memory.
+        used = [name for name, term in self.terms(config).items() if term.weight]
+        key = digest(["rows", config.batch_key(), used])
         if key not in self._built:
             # Compilation and graphs take no more, and would take time here.
             context = self.context(config).accelerated(Acceleration(half=self.acceleration.half))
