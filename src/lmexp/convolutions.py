@@ -124,11 +124,11 @@ class UnshuffledConv(nn.Module):
     Args:
         weight: [O, I, k, k], k odd, padded by k // 2; [O, 16, (k + 1) / 2, (k + 1) / 2] is kept,
             whose surplus channels are 0, for the tensor cores' sake.
-        bias: [O].
+        bias: [O] or None.
         dtype: of the product and the result.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.pad = weight.shape[-1] // 2
         blocks = F.pixel_unshuffle(F.pad(weight, (0, 1, 0, 1)), 2)

@@ -20,12 +20,15 @@ pytestmark = [
 ]
 
 
-def test_kernels_compute_what_their_formulas_do() -> None:
-    program = Path(__file__).parents[1] / "numerics" / "test_stylegan2_epilogue.py"
-    done = subprocess.run([sys.executable, program, "cuda"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("program", "figures"), [("test_stylegan2_epilogue.py", 81), ("test_fan_kernels.py", 72)]
+)
+def test_kernels_compute_what_their_formulas_do(program: str, figures: int) -> None:
+    path = Path(__file__).parents[1] / "numerics" / program
+    done = subprocess.run([sys.executable, path, "cuda"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     count, worst = done.stdout.split()
-    assert int(count) == 76
+    assert int(count) == figures
     assert 0 < float(worst) < 1e-4
 
 

@@ -120,6 +120,8 @@ def test_noise_modes_of_both_structures(mode: Any) -> None:
 
 def compare_kernels(device: str) -> list[float]:
     """Relative errors of the kernels' results and gradients, largest last."""
+    from lmexp.generators.stylegan2_triton import Grown
+
     errors = []
     # (channels, features, modulated, image, noise maps or 0, noise scaled, clamp)
     choices = [
@@ -162,7 +164,22 @@ def compare_kernels(device: str) -> list[float]:
         for wanted, found in zip(*results, strict=True):
             assert found.shape == wanted.shape and wanted.norm() > 0
             errors.append(float((found - wanted).norm() / wanted.norm()))
+    image, layer = draw(2, 3, 5, 4).float().to(device), draw(2, 3, 10, 8, seed=1).float().to(device)
+    for variables in ([image, layer], [image]):
+        results = []
+        for grow in (double_and_add, Grown.apply):
+            leaves = [v.clone().requires_grad_() for v in variables]
+            made = grow(*leaves, *[None] * (2 - len(leaves)))
+            outer = draw(*made.shape, seed=2).float().to(device)
+            results.append([made.detach(), *torch.autograd.grad(made, leaves, outer)])
+        for wanted, found in zip(*results, strict=True):
+            assert found.shape == wanted.shape and wanted.norm() > 0
+            errors.append(float((found - wanted).norm() / wanted.norm()))
     return sorted(errors)
+
+
+def double_and_add(image: Tensor, layer: Tensor | None) -> Tensor:
+    return double_side(image) if layer is None else double_side(image) + layer
 
 
 @pytest.mark.parametrize("split", ["same", *SPLITS])
@@ -206,7 +223,7 @@ def test_kernels_compute_the_same() -> None:
     )
     assert done.returncode == 0, done.stderr
     count, worst = done.stdout.split()
-    assert int(count) == 76
+    assert int(count) == 81
     assert 0 < float(worst) < 1e-5
 
 

@@ -41,6 +41,7 @@ from lmexp.generators.stylegan2_epilogue import (
     convolve,
     double_side,
     epilogue,
+    grow,
 )
 from lmexp.generators.stylegan2_layers import (
     EPSILON,
@@ -286,15 +287,6 @@ class ToRGB(nn.Module):
         return image if self.clamp is None else image.clamp(-self.clamp, self.clamp)
 
 
-Grow = Callable[[Tensor, Tensor | None], Tensor]
-"""(image of the resolution below, this one's layer) -> this one's image."""
-
-
-def _double_and_add(image: Tensor, layer: Tensor | None) -> Tensor:
-    image = double_side(image)
-    return image if layer is None else image + layer
-
-
 class Block(nn.Module):
     """All layers of one resolution.
 
@@ -333,12 +325,6 @@ class Block(nn.Module):
         if skip is not None:
             skip = skip.float() / math.sqrt(2 * skip.shape[1])
         self.register_buffer("skip", skip)
-        self._add_up: Grow | None = None
-
-    def fuse_image(self, fuse: Callable[[Grow], Grow]) -> None:
-        """Compute the image's doubling and sum, a dozen passes, as one kernel."""
-        if self.low_pass.is_binomial:
-            self._add_up = fuse(_double_and_add)
 
     def forward(
         self, x: Tensor, image: Tensor | None, ws: Sequence[Tensor], noises: Sequence[Tensor | None]
@@ -430,9 +416,9 @@ class Block(nn.Module):
             layer = self.to_rgb.finish(layer)
         if image is None:
             return made, layer
-        if self._add_up is not None:
-            return made, self._add_up(image, layer)
-        image = self._double_side(image)
+        if self.low_pass.is_binomial:
+            return made, grow(image, layer)
+        image = self.low_pass.upsample(image)
         return made, image if layer is None else image + layer
 
     def _double_side(self, x: Tensor) -> Tensor:
@@ -644,16 +630,9 @@ class StyleGAN2Network(nn.Module):
     def compile_regions(
         self, fuse: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     ) -> None:
-        """Compile what has no kernel of its own: in half precision the image's way alone.
-
-        What lies between convolutions has one then (`stylegan2_epilogue`), so compiling the whole
-        would cost a minute and gain little.
-        """
+        """Compile the whole; nothing in half precision, which has kernels of its own."""
         if self._tables is None:
             self.synthesis = fuse(self.synthesis)  # type: ignore[method-assign]
-            return
-        for block in self._list_blocks():
-            block.fuse_image(fuse)
 
     def _list_blocks(self) -> list[Block]:
         return cast("list[Block]", list(self._blocks))

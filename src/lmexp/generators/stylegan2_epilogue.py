@@ -124,6 +124,26 @@ def double_side(image: Tensor) -> Tensor:
     ).reshape(N, C, 2 * height, 2 * width)
 
 
+def grow(image: Tensor, layer: Tensor | None) -> Tensor:
+    """The image at twice the side, plus what this resolution's layer adds.
+
+    Args:
+        image: [N, 3, h, w], float32.
+        layer: [N, 3, 2h, 2w], float32; None: nothing.
+
+    Returns:
+        [N, 3, 2h, 2w].
+    """
+    if image.is_cuda:
+        # Triton comes with PyTorch's CUDA builds alone.
+        from lmexp.generators.stylegan2_triton import Grown
+
+        grown: Tensor = Grown.apply(image, layer)
+        return grown
+    image = double_side(image)
+    return image if layer is None else image + layer
+
+
 def compute(
     source: Tensor,
     demodulation: Tensor,

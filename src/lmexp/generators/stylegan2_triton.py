@@ -19,6 +19,8 @@ added up afterwards, so that they are the same at every run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,6 +33,8 @@ FILTER_TILE = 1024
 STAGES = 3
 """Tiles of the backward pass under way at once, without a filter. Its sums take the registers that
 further warps would need, so loads ahead, not warps, have to hide the memory's latency."""
+GROW_BLOCK = 1024
+"""Pixels of a program on the image's way."""
 PROGRAMS = 1584
 """Programs that share the pixels of a batch in the backward pass: 12 for each of 132 processors."""
 
@@ -453,6 +457,65 @@ def _adjoint_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         tl.store(grad_source + place, cell[corner], mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _grow_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    image,
+    layer,
+    out,
+    count,
+    height,
+    width,
+    LAYER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # height and width are the small image's.
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    x = at % (2 * width)
+    y = at // (2 * width) % (2 * height)
+    plane = at // (4 * width * height)
+    column = x // 2
+    row = y // 2
+    beside = column + x % 2 * 2 - 1
+    above = row + y % 2 * 2 - 1
+    image += plane * height * width
+    in_columns = there & (beside >= 0) & (beside < width)
+    in_rows = (above >= 0) & (above < height)
+    value = tl.load(image + row * width + column, mask=there, other=0.0) * 0.5625
+    value += tl.load(image + row * width + beside, mask=in_columns, other=0.0) * 0.1875
+    value += tl.load(image + above * width + column, mask=there & in_rows, other=0.0) * 0.1875
+    value += tl.load(image + above * width + beside, mask=in_columns & in_rows, other=0.0) * 0.0625
+    if LAYER:
+        value += tl.load(layer + at, mask=there, other=0.0)
+    tl.store(out + at, value, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shrink_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    out,
+    count,
+    height,
+    width,
+    BLOCK: tl.constexpr,
+):
+    # The transposed of the one above; height and width are the small image's, too.
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    column = at % width
+    row = at // width % height
+    gradient += at // (width * height) * (4 * height * width)
+    value = tl.zeros([BLOCK], dtype=tl.float32)
+    for down in tl.static_range(4):
+        y = 2 * row + down - 1
+        for right in tl.static_range(4):
+            x = 2 * column + right - 1
+            inside = there & (y >= 0) & (y < 2 * height) & (x >= 0) & (x < 2 * width)
+            part = tl.load(gradient + y * (2 * width) + x, mask=inside, other=0.0)
+            value += part * (_tap(down, 4) * _tap(right, 4))
+    tl.store(out + at, value, mask=there)
+
+
 def _block(C: int, tile: int, taps: int) -> tuple[int, int]:  # pragma: no cover
     """(channels, pixels; where there is a filter, cells of four) of a tile."""
     channels = triton.next_power_of_2(C)
@@ -656,3 +719,35 @@ def backward(
             num_warps=4,
         )
     return grad_source, grad_noise, partial.sum(1)
+
+
+class Grown(torch.autograd.Function):  # pragma: no cover
+    """`stylegan2_epilogue.grow`: (image, layer or None) -> the image of twice the side."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, layer: Tensor | None) -> Tensor:
+        image = image.contiguous()
+        N, C, height, width = image.shape
+        out = image.new_empty(N, C, 2 * height, 2 * width)
+        _grow_kernel[(triton.cdiv(out.numel(), GROW_BLOCK),)](
+            image,
+            None if layer is None else layer.contiguous(),
+            out,
+            out.numel(),
+            height,
+            width,
+            LAYER=layer is not None,
+            BLOCK=GROW_BLOCK,
+        )
+        ctx.layered = layer is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
+        gradient = gradients[0].contiguous()
+        N, C, height, width = gradient.shape
+        out = gradient.new_empty(N, C, height // 2, width // 2)
+        _shrink_kernel[(triton.cdiv(out.numel(), GROW_BLOCK),)](
+            gradient, out, out.numel(), height // 2, width // 2, BLOCK=GROW_BLOCK
+        )
+        return out, gradient if ctx.layered else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,13 @@ class EmbeddedFan(nn.Module):
         """Compute in half precision from here on; maps stay float32, there is no way back."""
         assert isinstance(self.network, Fan)
         self.network = FrozenFan.of_embedded(self.network, dtype)
+
+    def compile_regions(
+        self, fuse: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    ) -> None:
+        """Compile the whole but where a `FrozenFan` has kernels of its own, which take no time."""
+        if not (isinstance(self.network, FrozenFan) and self.network.has_kernels):
+            self.forward = fuse(self.forward)  # type: ignore[method-assign]
 
     def forward(self, images: Tensor) -> Tensor:
         """Draw the heat maps; see `HeatmapNetwork.__call__`."""

@@ -12,7 +12,7 @@ published projector do; the first three exist to train the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -108,6 +108,13 @@ class FaceAlignmentNetwork(nn.Module):
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Compute in half precision from here on; maps stay float32, there is no way back."""
         self.network = FrozenFan.of_published(self.network, dtype)
+
+    def compile_regions(
+        self, fuse: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+    ) -> None:
+        """Compile the whole but where a `FrozenFan` has kernels of its own, which take no time."""
+        if not (isinstance(self.network, FrozenFan) and self.network.has_kernels):
+            self.forward = fuse(self.forward)  # type: ignore[method-assign]
 
 
 def frame(box: Box) -> tuple[float, float, float]:

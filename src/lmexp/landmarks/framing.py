@@ -164,7 +164,9 @@ def average(images: Tensor, side: int) -> Tensor:
     """Larger square images [N, C, R, R] averaged over areas: [N, C, side, side]."""
     factor, rest = divmod(images.shape[-1], side)
     if rest == 0:
-        return F.avg_pool2d(images, factor)
+        # What avg_pool2d computes, but a GPU takes a tenth of the time for this one's gradient.
+        cells = images.reshape(*images.shape[:2], side, factor, side, factor)
+        return cells.mean((3, 5))
     return F.interpolate(images, size=(side, side), mode="area")
 
 

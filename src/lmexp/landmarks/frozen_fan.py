@@ -2,7 +2,8 @@
 
 What is frozen can be computed once: every BatchNorm is one factor and one summand per channel;
 those right behind a convolution are part of its weights; and between stacks, where the maps are
-fed back, three 1×1 convolutions in a row without anything between are one.
+fed back, three 1×1 convolutions in a row without anything between are one. What is left between
+the convolutions has kernels of its own on CUDA (`fan_triton`) and is plain operations elsewhere.
 """
 
 from __future__ import annotations
@@ -19,12 +20,62 @@ from lmexp.convolutions import LoweredConv, UnshuffledConv
 from lmexp.landmarks.fan import CEILING, Fan
 
 
+def rectify(x: Tensor, scale: Tensor | None, shift: Tensor, ceiling: float) -> Tensor:
+    """clamp(scale · x + shift, 0, ceiling), in float32, rounded once.
+
+    Args:
+        x: [N, C, h, w].
+        scale, shift: [C], float32; no scale is 1.
+        ceiling: `math.inf` for a ReLU.
+
+    Returns:
+        the same shape and type as x.
+    """
+    if x.is_cuda:
+        made: Tensor = _kernels().rectify(x, scale, shift, ceiling)
+        return made
+    y = (x if scale is None else x * scale[:, None, None]) + shift[:, None, None]
+    return (F.relu(y) if ceiling == math.inf else y.clamp(0.0, ceiling)).to(x.dtype)
+
+
+def halve(x: Tensor) -> Tensor:
+    """[N, C, h, w] averaged over 2×2 places."""
+    return _kernels().halve(x) if x.is_cuda else F.avg_pool2d(x, 2)
+
+
+def fork(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x, and x averaged over 2×2 places."""
+    if x.is_cuda:
+        same, halved = _kernels().fork(x)
+        return same, halved
+    return x, F.avg_pool2d(x, 2)
+
+
+def merge(fine: Tensor, coarse: Tensor) -> Tensor:
+    """[N, C, 2h, 2w] plus [N, C, h, w], each of whose values counts for four places."""
+    if fine.is_cuda:
+        merged: Tensor = _kernels().merge(fine, coarse)
+        return merged
+    n, width, height, side = coarse.shape
+    # By index alone, which a compiler fuses.
+    spread = coarse[:, :, :, None, :, None].expand(n, width, height, 2, side, 2)
+    summed: Tensor = fine + spread.reshape(n, width, 2 * height, 2 * side)
+    return summed
+
+
+def _kernels() -> Any:
+    # Triton comes with PyTorch's CUDA builds alone.
+    from lmexp.landmarks import fan_triton
+
+    return fan_triton
+
+
 class FoldedNorm(nn.Module):
-    """A frozen BatchNorm and what rectifies it: clamp(scale · x + shift, 0, ceiling).
+    """A frozen BatchNorm and what rectifies it.
 
     Args:
         norm: in evaluation mode.
-        ceiling: `math.inf` for a ReLU.
+        ceiling: see `rectify`.
     """
 
     scale: Tensor
@@ -33,18 +84,35 @@ class FoldedNorm(nn.Module):
     def __init__(self, norm: nn.BatchNorm2d, ceiling: float) -> None:
         super().__init__()
         scale, shift = fold(norm)
-        self.register_buffer("scale", scale.float()[:, None, None])
-        self.register_buffer("shift", shift.float()[:, None, None])
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("shift", shift.float())
         self.ceiling = ceiling
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, h, w] → the same, in x's type; float32 between."""
-        return rectify(x * self.scale + self.shift, self.ceiling).to(x.dtype)
+        """[N, C, h, w] → the same, in x's type."""
+        return rectify(x, self.scale, self.shift, self.ceiling)
 
 
-def rectify(x: Tensor, ceiling: float) -> Tensor:
-    """clamp(x, 0, ceiling)."""
-    return F.relu(x) if ceiling == math.inf else x.clamp(0.0, ceiling)
+class RectifiedConv(nn.Module):
+    """A frozen convolution, its bias, and what rectifies both.
+
+    Args:
+        conv: without a bias.
+        bias: [O].
+        ceiling: see `rectify`.
+    """
+
+    shift: Tensor
+
+    def __init__(self, conv: nn.Module, bias: Tensor, ceiling: float) -> None:
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("shift", bias.float())
+        self.ceiling = ceiling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, I, h, w] → [N, O, h', w']."""
+        return rectify(self.conv(x), None, self.shift, self.ceiling)
 
 
 def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -86,14 +154,26 @@ class FrozenBlock(nn.Module):
 
         self.layers = nn.ModuleList(lower(*layer) for layer in layers)
         self.skip = nn.Identity() if skip is None else lower(*skip)
+        self.ceiling = ceiling
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, h, w] → [N, outputs, h, w]."""
+        if x.is_cuda:
+            skip = None if isinstance(self.skip, nn.Identity) else read_layer(self.skip)
+            layers = tuple(map(read_layer, self.layers))
+            made: Tensor = _kernels().block(x, layers, skip, self.ceiling)
+            return made
         outputs: list[Tensor] = []
         for layer in self.layers:
             outputs.append(layer(outputs[-1] if outputs else x))
-        skip: Tensor = self.skip(x)
-        return torch.cat(outputs, dim=1) + skip
+        around: Tensor = self.skip(x)
+        return torch.cat(outputs, dim=1) + around
+
+
+def read_layer(layer: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """What `fan_triton.block` wants of a normalisation and its convolution."""
+    norm, conv = layer
+    return norm.scale, norm.shift, conv.weight, conv.padding
 
 
 class FrozenHourglass(nn.Module):
@@ -114,13 +194,8 @@ class FrozenHourglass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, width, h, w] → the same."""
-        y = self.up(self.inner(self.down(F.avg_pool2d(x, 2))))
-        n, width, height, side = y.shape
-        across: Tensor = self.across(x)
-        # Nearest neighbours by index alone: no kernel of its own.
-        spread = y[:, :, :, None, :, None].expand(n, width, height, 2, side, 2)
-        summed: Tensor = across + spread.reshape(n, width, 2 * height, 2 * side)
-        return summed
+        x, halved = fork(x)
+        return merge(self.across(x), self.up(self.inner(self.down(halved))))
 
 
 class FrozenFan(nn.Module):
@@ -149,12 +224,17 @@ class FrozenFan(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.ceiling = ceiling
-        self.stem = UnshuffledConv(*fold_behind(*stem), dtype)
+
+        def lower(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> RectifiedConv:
+            weight, bias = fold_behind(conv, norm)
+            make = UnshuffledConv if conv is stem[0] else LoweredConv
+            return RectifiedConv(make(weight, None, dtype), bias, ceiling)
+
+        self.stem = lower(*stem)
         self.blocks = nn.ModuleList(blocks)
         self.hourglasses = nn.ModuleList(hourglass for hourglass, _, _ in stacks)
         self.tops = nn.ModuleList(top for _, top, _ in stacks)
-        self.lasts = nn.ModuleList(LoweredConv(*fold_behind(*last), dtype) for _, _, last in stacks)
+        self.lasts = nn.ModuleList(lower(*last) for _, _, last in stacks)
         self.feedback = nn.ModuleList(LoweredConv(*pair, dtype) for pair in feedback)
         self.heatmaps = LoweredConv(heatmaps.weight, heatmaps.bias, dtype)
         self.requires_grad_(False).eval()
@@ -224,6 +304,11 @@ class FrozenFan(nn.Module):
             dtype=dtype,
         )
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether what is between the convolutions is more than plain operations."""
+        return self.heatmaps.weight.is_cuda
+
     def forward(self, images: Tensor) -> Tensor:
         """Draw the last stack's heat maps.
 
@@ -233,11 +318,10 @@ class FrozenFan(nn.Module):
         Returns:
             heatmaps: [N, K, R/4, R/4], float32.
         """
-        x = rectify(self.stem(images), self.ceiling)
         first, second, third = self.blocks
-        x = third(second(F.avg_pool2d(first(x), 2)))
+        x = third(second(halve(first(self.stem(images)))))
         for index, hourglass in enumerate(self.hourglasses):
-            y = rectify(self.lasts[index](self.tops[index](hourglass(x))), self.ceiling)
+            y = self.lasts[index](self.tops[index](hourglass(x)))
             if index < len(self.feedback):
                 x = x + self.feedback[index](y)
         heatmaps: Tensor = self.heatmaps(y)

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.framing import average
 from lmexp.losses.mask import Region, face_weight, keep_mask
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
 from lmexp.losses.protocol import BoundTerm, Context, Targets
@@ -118,12 +119,9 @@ def spread(keep: Tensor, features: Sequence[Tensor]) -> list[Tensor]:
 
 def shrink(images: Tensor, resolution: int | None) -> Tensor:
     """Average over areas to the side `resolution`; smaller images and None: unchanged."""
-    side = images.shape[-1]
-    if resolution is None or side <= resolution:
+    if resolution is None or images.shape[-1] <= resolution:
         return images
-    if side % resolution == 0:
-        return F.avg_pool2d(images, side // resolution)
-    return F.adaptive_avg_pool2d(images, resolution)
+    return average(images, resolution)
 
 
 class Lpips:
