@@ -462,49 +462,49 @@ def _grow_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     image,
     layer,
     out,
-    count,
     height,
     width,
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # height and width are the small image's.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
+    # height and width are the small image's. A program has a part of one plane.
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < 4 * height * width
+    plane = tl.program_id(1).to(tl.int64)
     x = at % (2 * width)
-    y = at // (2 * width) % (2 * height)
-    plane = at // (4 * width * height)
+    y = at // (2 * width)
     column = x // 2
     row = y // 2
     beside = column + x % 2 * 2 - 1
     above = row + y % 2 * 2 - 1
-    image += plane * height * width
+    image += plane * (height * width)
     in_columns = there & (beside >= 0) & (beside < width)
     in_rows = (above >= 0) & (above < height)
     value = tl.load(image + row * width + column, mask=there, other=0.0) * 0.5625
     value += tl.load(image + row * width + beside, mask=in_columns, other=0.0) * 0.1875
     value += tl.load(image + above * width + column, mask=there & in_rows, other=0.0) * 0.1875
     value += tl.load(image + above * width + beside, mask=in_columns & in_rows, other=0.0) * 0.0625
+    place = plane * (4 * height * width) + at
     if LAYER:
-        value += tl.load(layer + at, mask=there, other=0.0)
-    tl.store(out + at, value, mask=there)
+        value += tl.load(layer + place, mask=there, other=0.0)
+    tl.store(out + place, value, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _shrink_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     gradient,
     out,
-    count,
     height,
     width,
     BLOCK: tl.constexpr,
 ):
     # The transposed of the one above; height and width are the small image's, too.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < height * width
+    plane = tl.program_id(1).to(tl.int64)
     column = at % width
-    row = at // width % height
-    gradient += at // (width * height) * (4 * height * width)
+    row = at // width
+    gradient += plane * (4 * height * width)
     value = tl.zeros([BLOCK], dtype=tl.float32)
     for down in tl.static_range(4):
         y = 2 * row + down - 1
@@ -513,7 +513,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             inside = there & (y >= 0) & (y < 2 * height) & (x >= 0) & (x < 2 * width)
             part = tl.load(gradient + y * (2 * width) + x, mask=inside, other=0.0)
             value += part * (_tap(down, 4) * _tap(right, 4))
-    tl.store(out + at, value, mask=there)
+    tl.store(out + plane * (height * width) + at, value, mask=there)
 
 
 def _block(C: int, tile: int, taps: int) -> tuple[int, int]:  # pragma: no cover
@@ -729,11 +729,10 @@ class Grown(torch.autograd.Function):  # pragma: no cover
         image = image.contiguous()
         N, C, height, width = image.shape
         out = image.new_empty(N, C, 2 * height, 2 * width)
-        _grow_kernel[(triton.cdiv(out.numel(), GROW_BLOCK),)](
+        _grow_kernel[(triton.cdiv(4 * height * width, GROW_BLOCK), N * C)](
             image,
             None if layer is None else layer.contiguous(),
             out,
-            out.numel(),
             height,
             width,
             LAYER=layer is not None,
@@ -746,8 +745,9 @@ class Grown(torch.autograd.Function):  # pragma: no cover
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         gradient = gradients[0].contiguous()
         N, C, height, width = gradient.shape
-        out = gradient.new_empty(N, C, height // 2, width // 2)
-        _shrink_kernel[(triton.cdiv(out.numel(), GROW_BLOCK),)](
-            gradient, out, out.numel(), height // 2, width // 2, BLOCK=GROW_BLOCK
+        height, width = height // 2, width // 2
+        out = gradient.new_empty(N, C, height, width)
+        _shrink_kernel[(triton.cdiv(height * width, GROW_BLOCK), N * C)](
+            gradient, out, height, width, BLOCK=GROW_BLOCK
         )
         return out, gradient if ctx.layered else None

@@ -66,16 +66,16 @@ def _collect_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     out,
     count,
     ceiling,
+    base_channels,
+    first,
     C: tl.constexpr,
-    BASE_C: tl.constexpr,
-    FIRST: tl.constexpr,
     BASE: tl.constexpr,
     GRADIENT: tl.constexpr,
     SCALED: tl.constexpr,
     BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Channels FIRST to FIRST + C of `base`, plus what comes back through a rectified map.
+    # Channels first to first + C of `base`, plus what comes back through a rectified map.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     channel = at % C
@@ -90,7 +90,7 @@ def _collect_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             passes = passes & (level < ceiling)
         value = tl.where(passes, value, 0.0)
     if BASE:
-        place = (at // C) * BASE_C + FIRST + channel
+        place = (at // C) * base_channels + first + channel
         value += tl.load(base + place, mask=there, other=0.0).to(tl.float32)
     tl.store(out + at, value, mask=there)
 
@@ -126,26 +126,23 @@ def _join_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 def _halve_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     out,
-    count,
+    width,
     factor,
     C: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # HEIGHT and WIDTH are the result's.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    channel = at % C
-    place = at // C
-    column = place % WIDTH
-    row = place // WIDTH  # of all images, one below the other
-    corner = ((row * 2 * WIDTH + column) * 2) * C + channel
+    # A program has a part of one row of the result, `width` places long.
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < width * C
+    row = tl.program_id(0).to(tl.int64)
+    corner = (at // C) * (2 * C) + at % C
+    x += row * (4 * width * C)
     value = tl.load(x + corner, mask=there, other=0.0).to(tl.float32)
     value += tl.load(x + corner + C, mask=there, other=0.0).to(tl.float32)
-    value += tl.load(x + corner + 2 * WIDTH * C, mask=there, other=0.0).to(tl.float32)
-    value += tl.load(x + corner + (2 * WIDTH + 1) * C, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, value * factor, mask=there)
+    x += 2 * width * C
+    value += tl.load(x + corner, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(x + corner + C, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * (width * C) + at, value * factor, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -153,25 +150,21 @@ def _double_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     fine,
     coarse,
     out,
-    count,
+    width,
     factor,
     C: tl.constexpr,
-    WIDTH: tl.constexpr,
     FINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # WIDTH is the result's.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    channel = at % C
-    place = at // C
-    column = place % WIDTH
-    row = place // WIDTH
-    source = ((row // 2) * (WIDTH // 2) + column // 2) * C + channel
+    # As above; of two rows of the result, both read the same of `coarse`.
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = at < width * C
+    row = tl.program_id(0).to(tl.int64)
+    source = (row // 2) * (width // 2 * C) + (at // (2 * C)) * C + at % C
     value = tl.load(coarse + source, mask=there, other=0.0).to(tl.float32) * factor
     if FINE:
-        value += tl.load(fine + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, value, mask=there)
+        value += tl.load(fine + row * (width * C) + at, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + row * (width * C) + at, value, mask=there)
 
 
 def _packed(x: Tensor) -> Tensor:  # pragma: no cover
@@ -230,10 +223,10 @@ def _collect(
         _collect_kernel,
         _empty(like, channels, *like.shape[2:]),
         min(ceiling, 1e30),
+        channels if base is None else base.shape[1],
+        first,
         inputs=(base, None if gradient is None else _packed(gradient), rectified, scale),
         C=channels,
-        BASE_C=channels if base is None else base.shape[1],
-        FIRST=first,
         BASE=base is not None,
         GRADIENT=gradient is not None,
         SCALED=scale is not None,
@@ -241,26 +234,25 @@ def _collect(
     )
 
 
+def _launch_rows(
+    kernel: Any, out: Tensor, factor: float, *, inputs: Sequence[Any], **choices: Any
+) -> Tensor:  # pragma: no cover
+    """Run over all rows of places of `out`."""
+    N, C, height, width = out.shape
+    grid = (N * height, triton.cdiv(width * C, BLOCK))
+    kernel[grid](*inputs, out, width, factor, C=C, **choices, BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
 def _halve(x: Tensor, factor: float) -> Tensor:  # pragma: no cover
-    x = _packed(x)
-    height, width = x.shape[2] // 2, x.shape[3] // 2
-    out = _empty(x, x.shape[1], height, width)
-    sizes = {"C": x.shape[1], "HEIGHT": height, "WIDTH": width}
-    return _launch(_halve_kernel, out, factor, inputs=(x,), **sizes)
+    out = _empty(x, x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    return _launch_rows(_halve_kernel, out, factor, inputs=(_packed(x),))
 
 
 def _double(fine: Tensor | None, coarse: Tensor, factor: float) -> Tensor:  # pragma: no cover
-    coarse = _packed(coarse)
     out = _empty(coarse, coarse.shape[1], 2 * coarse.shape[2], 2 * coarse.shape[3])
-    return _launch(
-        _double_kernel,
-        out,
-        factor,
-        inputs=(None if fine is None else _packed(fine), coarse),
-        C=out.shape[1],
-        WIDTH=out.shape[3],
-        FINE=fine is not None,
-    )
+    inputs = (None if fine is None else _packed(fine), _packed(coarse))
+    return _launch_rows(_double_kernel, out, factor, inputs=inputs, FINE=fine is not None)
 
 
 def _convolve_back(

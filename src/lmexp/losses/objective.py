@@ -34,6 +34,7 @@ class Objective:
     ) -> None:
         self._terms = dict(terms)
         self._of_expression = frozenset(of_expression)
+        self._aside: torch.cuda.Stream | None = None
 
     @classmethod
     def bind(
@@ -71,8 +72,25 @@ class Objective:
             expression_factor: ≥ 0, times the weights of the terms that need the expression;
                 a number or one per job.
         """
-        raw = {name: term(candidate) for name, (term, _) in self._terms.items()}
+        raw = self._evaluate(candidate)
         weighted = {name: raw[name] * weight for name, (_, weight) in self._terms.items()}
         if isinstance(expression_factor, Tensor) or expression_factor != 1:
             weighted |= {name: weighted[name] * expression_factor for name in self._of_expression}
         return Losses(raw=raw, weighted=weighted, total=torch.stack(list(weighted.values())).sum(0))
+
+    def _evaluate(self, candidate: Candidate) -> dict[str, Tensor]:
+        names = [name for name in self._terms if name in self._of_expression]
+        others = [name for name in self._terms if name not in self._of_expression]
+        if not (candidate.images.is_cuda and names and others):
+            return {name: term(candidate) for name, (term, _) in self._terms.items()}
+        # The landmark network is many small kernels, which leave room for the look's terms beside
+        # them; its backward pass takes the same stream by itself.
+        here = torch.cuda.current_stream(candidate.images.device)
+        if self._aside is None:
+            self._aside = torch.cuda.Stream(candidate.images.device)  # type: ignore[no-untyped-call]
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
+            found = {name: self._terms[name][0](candidate) for name in names}
+        found |= {name: self._terms[name][0](candidate) for name in others}
+        here.wait_stream(self._aside)
+        return {name: found[name] for name in self._terms}
