@@ -103,7 +103,9 @@ def _compile(function: Callable[P, R]) -> Callable[P, R]:
     # Imported where it is needed: it takes a second.
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
-    return torch.compile(function)
+    # Once a shape: a reduction of a size that is not known is not split among processors, and of a
+    # noise map of 1024 px took a hundred times as long.
+    return torch.compile(function, dynamic=False)
 
 
 def _under_autocast(function: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:

@@ -298,14 +298,14 @@ class _Parameter:
     """One optimised tensor [N, …] and what Adam keeps beside it."""
 
     def __init__(self, start: Tensor, context: Context, schedule: Schedule) -> None:
-        self.value = start.clone()
-        self._mean, self._square = torch.zeros_like(start), torch.zeros_like(start)
+        self.value = start.clone(memory_format=torch.contiguous_format)
+        self._mean, self._square = torch.zeros_like(self.value), torch.zeros_like(self.value)
         # Before the last step: where a job returns to whose step went wrong.
-        self._last_good = start.clone()
+        self._last_good = self.value.clone()
         self._betas = (schedule.beta1, schedule.beta2)
         # ws are [N, L, w_dim], noise maps [N, 1, h, w].
         self._is_noise = start.ndim == 4
-        self._advance = context.acceleration.fuse(_advance)
+        self._advance = _kernel() if start.is_cuda else context.acceleration.fuse(_advance)
 
     def restore(self, k: int, saved: Mapping[str, Tensor | None]) -> None:
         for place, name in zip((self.value, self._mean, self._square), _SAVED, strict=True):
@@ -351,6 +351,13 @@ def _advance(
     value.copy_(stepped)
     mean.copy_(torch.where(goes, new_mean, mean))
     square.copy_(torch.where(goes, new_square, square))
+
+
+def _kernel() -> Callable[..., None]:
+    # Triton comes with PyTorch's CUDA builds alone.
+    from lmexp.adam_triton import advance
+
+    return advance
 
 
 class _Replay:

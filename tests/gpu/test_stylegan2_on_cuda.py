@@ -21,7 +21,12 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("program", "figures"), [("test_stylegan2_epilogue.py", 81), ("test_fan_kernels.py", 72)]
+    ("program", "figures"),
+    [
+        ("test_stylegan2_epilogue.py", 81),
+        ("test_fan_kernels.py", 72),
+        ("test_adam_kernel.py", 12),
+    ],
 )
 def test_kernels_compute_what_their_formulas_do(program: str, figures: int) -> None:
     path = Path(__file__).parents[1] / "numerics" / program
