@@ -26,6 +26,7 @@ pytestmark = [
         ("test_stylegan2_epilogue.py", 81),
         ("test_fan_kernels.py", 72),
         ("test_adam_kernel.py", 12),
+        ("test_noise_kernels.py", 40),
     ],
 )
 def test_kernels_compute_what_their_formulas_do(program: str, figures: int) -> None:

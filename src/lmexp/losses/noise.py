@@ -38,8 +38,15 @@ def autocorrelations(maps: Sequence[Tensor]) -> Tensor:
     """Sum of `autocorrelation` over several maps, [N, 1, h, w] each, at least one -> [N].
 
     Maps of one size, a pyramid's levels among them, are one tensor: a generator's 17 maps have
-    74 levels of 9 sizes, and a GPU would spend most of its time on starting tiny kernels.
+    74 levels of 9 sizes, and a GPU would spend most of its time on starting tiny kernels. On CUDA
+    they have kernels of their own, if they are as a generator's are.
     """
+    if maps[0].is_cuda:
+        # Triton comes with PyTorch's CUDA builds alone.
+        from lmexp.losses import noise_triton
+
+        if noise_triton.applies(maps):
+            return noise_triton.autocorrelations(maps)
     total = maps[0].new_zeros(len(maps[0]))
     waiting = [noise[:, 0] for noise in maps]
     while waiting:
@@ -66,11 +73,12 @@ class NoiseRegularization:
         self.weight = weight
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
-        measure = context.acceleration.fuse(autocorrelations)
+        fused = context.acceleration.fuse(autocorrelations)
 
         def evaluate(candidate: Candidate) -> Tensor:
-            if not candidate.noise_bufs:
+            maps = candidate.noise_bufs
+            if not maps:
                 return candidate.images.new_zeros(len(candidate.images))
-            return measure(candidate.noise_bufs)
+            return autocorrelations(maps) if maps[0].is_cuda else fused(maps)
 
         return evaluate

@@ -1,0 +1,92 @@
+"""The noise regulariser's kernels against the same computation in plain operations.
+
+Run as a program, this file compares them on the device it is given; `TRITON_INTERPRET=1` runs the
+kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmexp.losses.noise import autocorrelations
+
+SETS = ((4, 8, 8, 16, 16, 32, 32, 64, 64), (64,), (4,), (32, 8), (16, 16))
+"""Sides of the maps; the last sets lack sizes that a generator would have."""
+
+
+def compare(device: str) -> list[float]:
+    """Relative errors of values and of each map's gradient, the largest last."""
+    from lmexp.losses import noise_triton
+
+    errors = []
+    for sides in SETS:
+        for jobs in (1, 3):
+            draw = torch.Generator().manual_seed(sum(sides) + jobs)
+            maps = [torch.randn(jobs, 1, side, side, generator=draw) for side in sides]
+            # Not white, so that there is something to find; and one that does not lie in a row.
+            maps = [noise + noise.roll(1, 3) for noise in maps]
+            outer = torch.rand(jobs, generator=draw) + 0.5
+            results: list[list[Tensor]] = []
+            for function, where in (
+                (autocorrelations, "cpu"),
+                (noise_triton.autocorrelations, device),
+            ):
+                leaves = [noise.to(where).clone().requires_grad_() for noise in maps]
+                total = function([leaf.mT.contiguous().mT for leaf in leaves])
+                gradients = torch.autograd.grad(total, leaves, outer.to(where))
+                results.append([total.detach().cpu(), *(g.cpu() for g in gradients)])
+            for wanted, found in zip(*results, strict=True):
+                assert found.shape == wanted.shape and wanted.norm() > 0
+                errors.append(float((found - wanted).norm() / wanted.norm()))
+    return sorted(errors)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compute_the_same() -> None:
+    """In a process of its own: Triton decides whether to interpret when it is first imported."""
+    done = subprocess.run(
+        [sys.executable, __file__, "cpu"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    count, worst = done.stdout.split()
+    assert int(count) == 40
+    assert 0 < float(worst) < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("shapes", "fit"),
+    [
+        ([(4, 4), (8, 8), (8, 8)], True),
+        ([(8, 8), (8, 8), (8, 8)], False),
+        ([(8, 16)], False),
+        ([(12, 12)], False),
+        ([(1, 1)], False),
+    ],
+)
+def test_other_maps_than_a_generators_are_computed_plainly(
+    shapes: list[tuple[int, int]], fit: bool
+) -> None:
+    from lmexp.losses import noise_triton
+
+    maps = [torch.zeros(2, 1, *shape) for shape in shapes]
+    assert not noise_triton.applies(maps)  # they are on a CPU
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert noise_triton.applies(maps) == fit
+        assert not noise_triton.applies([noise.double() for noise in maps])
+
+
+if __name__ == "__main__":
+    found = compare(sys.argv[1])
+    print(len(found), found[-1])
