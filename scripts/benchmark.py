@@ -209,7 +209,7 @@ def quick(cuda: bool) -> list[Cell]:
         Cell("step", "reference", 1024, "cuda_fast", 16, parts=True, second_start=True),
         Cell("step", "reference", 1024, "cuda_fast", 1, parts=True),
         Cell("yardstick", "reference", 256, "cuda"),
-        Cell("step", "reference", 256, "cuda_fast", 16, parts=True),
+        Cell("step", "reference", 256, "cuda_fast", 64, parts=True),
         Cell("agreement", "reference", 1024, "cuda_fast", 2),
         Cell("yardstick", "mobile", 1024, "cuda"),
         Cell("step", "mobile", 1024, "cuda_fast", 8, parts=True),

@@ -288,7 +288,7 @@ def test_stylegan2_on_cuda_is_what_it_is_on_the_cpu() -> None:
         device: str, memory_format: torch.memory_format
     ) -> tuple[torch.Tensor, torch.Tensor]:
         module = generator.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        leaf = ws.to(device).requires_grad_()
+        leaf = ws.clone().to(device).requires_grad_()
         images = module.synthesis(leaf)
         (images * torch.linspace(-1, 1, 128, device=device)).mean().backward()
         assert leaf.grad is not None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lmexp.landmarks import frozen_fan
 from lmexp.landmarks.fan import CEILING, Fan, HierarchicalBlock
-from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, fork, halve, merge, rectify
+from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, add, fork, halve, merge, rectify
 
 Function = Callable[..., Any]
 
@@ -104,6 +104,7 @@ def compare_kernels(device: str) -> list[float]:
         errors += compare(plainly(halve), fan_triton.halve, [fine])
         errors += compare(plainly(fork), fan_triton.fork, [fine])
         errors += compare(plainly(merge), fan_triton.merge, [fine, coarse])
+        errors += compare(plainly(add), fan_triton.add, [coarse, coarse.flip(0)], shift)
         for inputs in (channels, channels // 2):
             for ceiling in (math.inf, CEILING):
                 torch.manual_seed(inputs)
@@ -139,7 +140,7 @@ def test_kernels_compute_the_same() -> None:
     )
     assert done.returncode == 0, done.stderr
     count, worst = done.stdout.split()
-    assert int(count) == 72
+    assert int(count) == 81
     assert 0 < float(worst) < 1e-5
 
 

@@ -22,6 +22,34 @@ SETS = ((4, 8, 8, 16, 16, 32, 32, 64, 64), (64,), (4,), (32, 8), (16, 16))
 """Sides of the maps; the last sets lack sizes that a generator would have."""
 
 
+def try_what_generators_do_not(device: str) -> None:
+    """Without gradients, with some of the maps', and of one map that all jobs share."""
+    from lmexp.losses import noise_triton
+
+    draw = torch.Generator().manual_seed(0)
+    varied, shared, fixed = (
+        torch.randn(jobs, 1, side, side, generator=draw) for jobs, side in ((3, 16), (1, 8), (3, 8))
+    )
+    results = []
+    for function, where in ((autocorrelations, "cpu"), (noise_triton.autocorrelations, device)):
+        leaves = [noise.to(where).clone().requires_grad_() for noise in (varied, shared)]
+        maps = [leaves[0], leaves[1].expand(3, -1, -1, -1), fixed.to(where)]
+        with torch.no_grad():
+            still = function(maps)
+        assert not still.requires_grad
+        results.append([still.cpu()])
+        for chosen in (leaves[:1], leaves[1:], leaves):
+            gradients = torch.autograd.grad(function(maps).sum(), chosen)
+            results[-1] += [gradient.cpu() for gradient in gradients]
+    for wanted, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    # There is no second derivative, which must not pass for 0.
+    leaf = varied.to(device).requires_grad_()
+    total = noise_triton.autocorrelations([leaf]).sum() + leaf.pow(3).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(total, leaf, create_graph=True)
+
+
 def compare(device: str) -> list[float]:
     """Relative errors of values and of each map's gradient, the largest last."""
     from lmexp.losses import noise_triton
@@ -73,6 +101,7 @@ def test_kernels_compute_the_same() -> None:
         ([(8, 16)], False),
         ([(12, 12)], False),
         ([(1, 1)], False),
+        ([(2, 2)], True),
     ],
 )
 def test_other_maps_than_a_generators_are_computed_plainly(
@@ -85,8 +114,11 @@ def test_other_maps_than_a_generators_are_computed_plainly(
     with mock.patch.object(Tensor, "is_cuda", True):
         assert noise_triton.applies(maps) == fit
         assert not noise_triton.applies([noise.double() for noise in maps])
+        # A kernel that believed the first map's number of jobs would read behind the second's end.
+        assert not noise_triton.applies([*maps, torch.zeros(1, 1, 32, 32)])
 
 
 if __name__ == "__main__":
+    try_what_generators_do_not(sys.argv[1])
     found = compare(sys.argv[1])
     print(len(found), found[-1])

@@ -123,6 +123,24 @@ def _join_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _add_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
+    y,
+    shift,
+    out,
+    count,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(shift + at % C, mask=there, other=0.0)
+    tl.store(out + at, value, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _halve_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     out,
@@ -321,6 +339,18 @@ class _Block(torch.autograd.Function):  # pragma: no cover
         return _collect(base, 0, base.shape[1], back, ceiling), None, None, None
 
 
+class _Sum(torch.autograd.Function):  # pragma: no cover
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+        inputs = (_packed(x), _packed(y), shift)
+        return _launch(_add_kernel, out, inputs=inputs, C=out.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradients[0], gradients[0], None
+
+
 class _Fork(torch.autograd.Function):  # pragma: no cover
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -365,6 +395,12 @@ def block(x: Tensor, layers: Any, skip: Any, ceiling: float) -> Tensor:
         skip: the same of the way around them; None: it is the identity.
     """
     out: Tensor = _Block.apply(x, layers, skip, ceiling)
+    return out
+
+
+def add(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    """See `frozen_fan.add`."""
+    out: Tensor = _Sum.apply(x, y, shift)
     return out
 
 

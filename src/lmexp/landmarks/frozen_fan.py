@@ -38,6 +38,14 @@ def rectify(x: Tensor, scale: Tensor | None, shift: Tensor, ceiling: float) -> T
     return (F.relu(y) if ceiling == math.inf else y.clamp(0.0, ceiling)).to(x.dtype)
 
 
+def add(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
+    """x + y + shift, in float32, rounded once: [N, C, h, w] twice and [C], float32."""
+    if x.is_cuda:
+        made: Tensor = _kernels().add(x, y, shift)
+        return made
+    return (x.float() + y + shift[:, None, None]).to(x.dtype)
+
+
 def halve(x: Tensor) -> Tensor:
     """[N, C, h, w] averaged over 2×2 places."""
     return _kernels().halve(x) if x.is_cuda else F.avg_pool2d(x, 2)
@@ -235,7 +243,8 @@ class FrozenFan(nn.Module):
         self.hourglasses = nn.ModuleList(hourglass for hourglass, _, _ in stacks)
         self.tops = nn.ModuleList(top for _, top, _ in stacks)
         self.lasts = nn.ModuleList(lower(*last) for _, _, last in stacks)
-        self.feedback = nn.ModuleList(LoweredConv(*pair, dtype) for pair in feedback)
+        self.feedback = nn.ModuleList(LoweredConv(weight, None, dtype) for weight, _ in feedback)
+        self.shifts = nn.ParameterList(bias.float() for _, bias in feedback)
         self.heatmaps = LoweredConv(heatmaps.weight, heatmaps.bias, dtype)
         self.requires_grad_(False).eval()
 
@@ -323,7 +332,7 @@ class FrozenFan(nn.Module):
         for index, hourglass in enumerate(self.hourglasses):
             y = self.lasts[index](self.tops[index](hourglass(x)))
             if index < len(self.feedback):
-                x = x + self.feedback[index](y)
+                x = add(x, self.feedback[index](y), self.shifts[index])
         heatmaps: Tensor = self.heatmaps(y)
         return heatmaps.float().contiguous()
 

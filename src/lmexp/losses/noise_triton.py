@@ -28,14 +28,18 @@ MOST = 64
 """Programs of a map in the forward pass at most; each leaves two partial sums."""
 LEAST_SIDE = 8
 """Maps of this side are not halved further."""
+MOST_ROWS = 65535
+"""Of a launch: CUDA's limit of a grid's second axis."""
+COUNTS = ["halved", "jobs", "side", "turns", "bits"]
+"""Not to be compiled for: they differ from size to size, and no load gets wider by them."""
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _choose(buffer, first, second, halved, jobs, area):  # type: ignore[no-untyped-def] # pragma: no cover
     # Where this program's map lies: `halved` maps of all jobs in the buffer, then the own ones.
-    row = tl.program_id(1).to(tl.int64)
-    job = row % jobs
-    chosen = buffer + row * area
+    row = tl.program_id(1)
+    job = (row % jobs).to(tl.int64)
+    chosen = buffer + row.to(tl.int64) * area
     if row >= halved * jobs:
         chosen = first + job * area
     if row >= (halved + 1) * jobs:
@@ -43,7 +47,7 @@ def _choose(buffer, first, second, halved, jobs, area):  # type: ignore[no-untyp
     return chosen
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=COUNTS)  # type: ignore[untyped-decorator]
 def _correlate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     buffer,
     first,
@@ -53,11 +57,13 @@ def _correlate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     halved,
     jobs,
     side,
+    bits,
     turns,
     MOST: tl.constexpr,
     HALVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    # The side is 2 ** bits: no lane has to divide.
     area = side * side
     x = _choose(buffer, first, second, halved, jobs, area)
     row = tl.program_id(1).to(tl.int64)
@@ -68,10 +74,10 @@ def _correlate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     for turn in range(turns):
         at = (turn * programs + tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
         there = at < half * half
-        right = at % half * 2
-        low = at // half * 2
-        left = (right + side - 1) % side
-        above = (low + side - 1) % side
+        right = (at & (half - 1)) * 2
+        low = (at >> (bits - 1)) * 2
+        left = (right + side - 1) & (side - 1)
+        above = (low + side - 1) & (side - 1)
         a = tl.load(x + low * side + right, mask=there, other=0.0)
         b = tl.load(x + low * side + right + 1, mask=there, other=0.0)
         c = tl.load(x + (low + 1) * side + right, mask=there, other=0.0)
@@ -87,7 +93,9 @@ def _correlate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     tl.store(own + 1, tl.sum(down, 0) / area)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=COUNTS, do_not_specialize_on_alignment=["factors"]
+)
 def _differentiate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     buffer,
     first,
@@ -100,6 +108,7 @@ def _differentiate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     halved,
     jobs,
     side,
+    bits,
     COARSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -111,13 +120,14 @@ def _differentiate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     down = tl.load(factors + row * 2 + 1) / area
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < area
-    place = at % side
-    line = at // side
-    value = tl.load(x + line * side + (place + 1) % side, mask=there, other=0.0)
-    value += tl.load(x + line * side + (place + side - 1) % side, mask=there, other=0.0)
+    last = side - 1
+    place = at & last
+    line = at >> bits
+    value = tl.load(x + line * side + ((place + 1) & last), mask=there, other=0.0)
+    value += tl.load(x + line * side + ((place + last) & last), mask=there, other=0.0)
     value *= across
-    beside = tl.load(x + (line + 1) % side * side + place, mask=there, other=0.0)
-    beside += tl.load(x + (line + side - 1) % side * side + place, mask=there, other=0.0)
+    beside = tl.load(x + ((line + 1) & last) * side + place, mask=there, other=0.0)
+    beside += tl.load(x + ((line + last) & last) * side + place, mask=there, other=0.0)
     value += beside * down
     if COARSE:
         cell = (line // 2) * (side // 2) + place // 2
@@ -146,12 +156,16 @@ class _Level:
 
 
 def applies(maps: Sequence[Tensor]) -> bool:
-    """Whether maps are such as a generator has: square, a power of two, two of a side at most."""
-    sides = [noise.shape[-1] for noise in maps]
-    return all(
+    """Whether maps are such as a generator has: square, a power of two, two of a side at most.
+
+    And as many jobs in each, since a kernel would read on behind a map that has fewer.
+    """
+    sides, jobs = [noise.shape[-1] for noise in maps], len(maps[0])
+    return 0 < jobs <= MOST_ROWS // len(maps) and all(
         noise.is_cuda
+        and noise.device == maps[0].device
         and noise.dtype == torch.float32
-        and noise.shape[1:] == (1, side, side)
+        and noise.shape == (jobs, 1, side, side)
         and side > 1
         and side & (side - 1) == 0
         and sides.count(side) <= 2
@@ -197,25 +211,32 @@ class _Autocorrelations(torch.autograd.Function):  # pragma: no cover
                 len(level.buffer),
                 N,
                 level.side,
+                level.side.bit_length() - 1,
                 triton.cdiv(blocks, programs),
                 MOST=MOST,
                 HALVE=halve,
                 BLOCK=BLOCK,
             )
         means = partial.sum(1)
-        ctx.save_for_backward(means)
-        ctx.levels = levels
+        ctx.save_for_backward(means, *(x for level in levels for x in (level.buffer, *level.own)))
+        ctx.layout = [(level.side, len(level.own), level.first_row) for level in levels]
         ctx.order = [noise.shape[-1] for noise in maps]
         return means.view(rows, N, 2).square().sum((0, 2))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        (means,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("The noise regulariser's kernels have no second derivative.")
+        means, *saved = ctx.saved_tensors
+        levels = []
+        for side, own_count, first_row in ctx.layout:
+            levels.append(_Level(side, saved[0], tuple(saved[1 : 1 + own_count]), first_row))
+            saved = saved[1 + own_count :]
         N = len(gradients[0])
         factors = (2 * means.view(-1, N, 2) * gradients[0][None, :, None]).contiguous()
         found: dict[int, list[Tensor]] = {}
         coarse: Tensor | None = None
-        for level in reversed(ctx.levels):
+        for level in reversed(levels):
             buffer = torch.empty_like(level.buffer)
             own = [torch.empty_like(noise) for noise in level.own]
             if level.count:
@@ -228,6 +249,7 @@ class _Autocorrelations(torch.autograd.Function):  # pragma: no cover
                     len(buffer),
                     N,
                     level.side,
+                    level.side.bit_length() - 1,
                     COARSE=halved,
                     BLOCK=BLOCK,
                 )
