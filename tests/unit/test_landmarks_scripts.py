@@ -280,6 +280,19 @@ def test_training_opens_mouths_and_closes_eyes(training: ModuleType, warps: Modu
     assert mouth_aspect_ratio(nobody.draw(images, landmarks)[1]).std() < 0.05
 
 
+def test_training_lights_some_faces_in_one_colour(training: ModuleType) -> None:
+    augmentation = training.Augmentation(torch.device("cpu"), 6)
+    lamps = augmentation.lamps(64)[:, :, 0, 0]
+    assert (lamps == 1).sum(dim=1).tolist() == [1] * 64
+    assert set(lamps.argmax(dim=1).tolist()) == {0, 1, 2}
+    dim = lamps[lamps < 1]
+    assert 0.16 < dim.min() < 0.25 < dim.max() < 0.45
+    seen = augmentation.spoil(torch.full((300, 3, 32, 32), 0.5)).clamp(0, 1).mean(dim=(2, 3))
+    light = seen.sort(dim=1).values
+    tinted = (light[:, 2] > 2.5 * light[:, 1]) & (light[:, 2] > 0.1)
+    assert 2 <= tinted.sum() <= 30
+
+
 class ByPlace(torch.nn.Module):
     """Finds the left one of a red and a green blob as landmark 0, the right one as 16."""
 
