@@ -210,9 +210,10 @@ def _launch(
 def _rectify(
     x: Tensor, scale: Tensor | None, shift: Tensor, ceiling: float
 ) -> Tensor:  # pragma: no cover
+    x = _packed(x)
     return _launch(
         _rectify_kernel,
-        torch.empty_like(x, memory_format=torch.channels_last),
+        torch.empty_like(x),
         min(ceiling, 1e30),
         inputs=(x, scale, shift),
         C=x.shape[1],
@@ -286,7 +287,7 @@ def _convolve_back(
 class _Rectified(torch.autograd.Function):  # pragma: no cover
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, shift: Tensor, ceiling: float) -> Tensor:
-        out = _rectify(_packed(x), scale, shift, ceiling)
+        out = _rectify(x, scale, shift, ceiling)
         ctx.save_for_backward(out, scale)
         ctx.ceiling = ceiling
         return out
