@@ -76,7 +76,7 @@ def test_yardstick_computes_the_same_losses(scripts: SimpleNamespace) -> None:
             callback=keep,
         )
     assert min(ours[0][name] / ours[0]["total"] for name in ours[0]) > 0.02
-    assert plain == pytest.approx([losses["total"] for losses in ours], rel=1e-3)
+    assert plain == pytest.approx([losses["total"] for losses in ours], rel=5e-3)
     assert plain[-1] != pytest.approx(plain[0], rel=0.01)  # it moved
     assert torch.allclose(found.ws, latents.ws, atol=5e-3)
 

@@ -81,7 +81,8 @@ class Objective:
     def _evaluate(self, candidate: Candidate) -> dict[str, Tensor]:
         names = [name for name in self._terms if name in self._of_expression]
         others = [name for name in self._terms if name not in self._of_expression]
-        if not (candidate.images.is_cuda and names and others):
+        on_cuda = any(weight.is_cuda for _, weight in self._terms.values())
+        if not (on_cuda and names and others):
             return {name: term(candidate) for name, (term, _) in self._terms.items()}
         # The landmark network is many small kernels, which leave room for the look's terms beside
         # them; its backward pass takes the same stream by itself.
