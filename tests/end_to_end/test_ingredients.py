@@ -39,7 +39,7 @@ def test_a_job_of_a_batch_that_has_ended_waits_for_the_other(
     lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [*TINY, "optimizer.steps=40", "optimizer.patience=2", "optimizer.least_gain=0.1"]
-    words += ["latent.start=mean", "-m", "loss.landmarks.weight=0.001,2.0"]
+    words += ["latent.start=mean", "-m", "seed=1,2"]
     interrupt_at(monkeypatch, 18)
     assert lmexp(*words, "hardware.batch_size=2", "output_dir=both").code == 130
     assert lmexp(*words, "hardware.batch_size=2", "output_dir=both").code == 0
