@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lmexp.errors import LmexpError
 from lmexp.faces.agreement import STEADY
 from lmexp.generators.protocol import Generator
 from lmexp.landmarks.decoding import decode
@@ -109,6 +110,9 @@ def measure(
         samples: how many of `statistics.samples` are rendered.
         batch: how many at once.
         progress: told how many are done, after each batch.
+
+    Raises:
+        LmexpError: no sample is a face.
     """
     w = statistics.samples[:samples]
     w = statistics.w_avg + TRUNCATION * (w - statistics.w_avg)
@@ -120,6 +124,11 @@ def measure(
     centre = landmarks.median(0).values[None].expand_as(landmarks)
     points = lay_over_points(landmarks, centre).flatten(1).double()
     faces = (points - points.mean(0)).abs().amax(1) < OUTLIER
+    if not faces.any():
+        raise LmexpError(
+            f"latent.head_start: none of the generator's {len(w)} samples looks like a face to the "
+            "landmark network; go without, latent.head_start=0"
+        )
     z = GaussianSpace.measure(statistics.samples, VARIANCE_FLOOR).standardise(w)[faces].double()
     z, points = z - z.mean(0), points[faces] - points[faces].mean(0)
     covariance = z.T @ z / len(z)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmexp import expression_map
+from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap, lay_over_points
 from lmexp.faces.agreement import STEADY
 from lmexp.latents import LatentStatistics
@@ -139,6 +140,15 @@ def test_a_measured_map_is_kept_and_found(
     path.write_bytes(b"broken")
     assert find() is None
     assert "unreadable" in caplog.text
+
+
+def test_samples_without_a_face_are_told_of(
+    linear: tuple[Linear, LatentStatistics], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, statistics = linear
+    monkeypatch.setattr(expression_map, "OUTLIER", 0.0)
+    with pytest.raises(LmexpError, match=r"none of the generator's 64 samples .*head_start=0"):
+        expression_map.measure(generator, nothing, statistics, 64)  # type: ignore[arg-type]
 
 
 def test_a_jobs_head_start_does_not_depend_on_its_batch(
