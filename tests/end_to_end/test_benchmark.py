@@ -49,7 +49,7 @@ def settings(scripts: SimpleNamespace, *overrides: str, **values: object) -> obj
 def test_yardstick_computes_the_same_losses(scripts: SimpleNamespace) -> None:
     """Textbook modulation and torch's Adam, step by step; the terms are of one magnitude."""
     cell = scripts.cells.Cell("yardstick", "tiny", 32, "cpu")
-    slow = ["optimizer.learning_rate=0.02"]  # a high rate magnifies rounding: docs/reference.md
+    slow = ["optimizer.learning_rate=0.005"]  # a high rate magnifies rounding: docs/reference.md
     with scripts.weights.random_weights():
         bench = scripts.cells.Bench(cell, settings(scripts, "loss.noise.weight=10", *slow))
         plain: list[float] = []
@@ -77,10 +77,9 @@ def test_yardstick_computes_the_same_losses(scripts: SimpleNamespace) -> None:
         )
     assert min(ours[0][name] / ours[0]["total"] for name in ours[0]) > 0.02
     assert plain[0] == pytest.approx(ours[0]["total"], rel=1e-5)
-    # Adam divides tiny gradients by their own size: rounding grows from step to step.
-    assert plain == pytest.approx([losses["total"] for losses in ours], rel=5e-3)
+    assert plain == pytest.approx([losses["total"] for losses in ours], rel=1e-3)
     assert plain[-1] != pytest.approx(plain[0], rel=0.01)  # it moved
-    assert (found.ws - latents.ws).abs().mean() < 5e-3
+    assert torch.allclose(found.ws, latents.ws, atol=5e-3)
 
 
 def test_census_counts_forward_and_backward(scripts: SimpleNamespace) -> None:
