@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 
@@ -29,3 +35,26 @@ def recorded_files() -> frozenset[str]:
             "target_look_landmarks.png",
         }
     )
+
+
+@pytest.fixture
+def run_kernels() -> Callable[[str, str], tuple[int, float]]:
+    """Runs a file of tests/numerics as a program: (its name, device) -> (figures, largest error).
+
+    In a process of its own: Triton decides whether to interpret when it is first imported.
+    """
+
+    def run(name: str, device: str) -> tuple[int, float]:
+        program = Path(__file__).parent / "numerics" / name
+        interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+        done = subprocess.run(
+            [sys.executable, program, device],
+            env={**os.environ, **interpreted},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        count, worst = done.stdout.split()
+        return int(count), float(worst)
+
+    return run

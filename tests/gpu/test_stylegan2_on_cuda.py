@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,13 +27,12 @@ pytestmark = [
         ("test_noise_kernels.py", 40),
     ],
 )
-def test_kernels_compute_what_their_formulas_do(program: str, figures: int) -> None:
-    path = Path(__file__).parents[1] / "numerics" / program
-    done = subprocess.run([sys.executable, path, "cuda"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    count, worst = done.stdout.split()
-    assert int(count) == figures
-    assert 0 < float(worst) < 1e-4
+def test_kernels_compute_what_their_formulas_do(
+    program: str, figures: int, run_kernels: Callable[[str, str], tuple[int, float]]
+) -> None:
+    count, worst = run_kernels(program, "cuda")
+    assert count == figures
+    assert 0 < worst < 1e-4
 
 
 @pytest.mark.parametrize("split", ["transposed", "quads", "phases"])

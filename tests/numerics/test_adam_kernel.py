@@ -7,9 +7,9 @@ kernel on a CPU.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,18 +64,12 @@ def compare(device: str) -> list[float]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_the_kernel_takes_the_same_step() -> None:
-    """In a process of its own: Triton decides whether to interpret when it is first imported."""
-    done = subprocess.run(
-        [sys.executable, __file__, "cpu"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    count, worst = done.stdout.split()
-    assert int(count) == 12
-    assert 0 < float(worst) < 1e-5
+def test_the_kernel_takes_the_same_step(
+    run_kernels: Callable[[str, str], tuple[int, float]],
+) -> None:
+    count, worst = run_kernels(Path(__file__).name, "cpu")
+    assert count == 12
+    assert 0 < worst < 1e-5
 
 
 if __name__ == "__main__":

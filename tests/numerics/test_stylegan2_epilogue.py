@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
-import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from lmexp.generators.stylegan2_epilogue import (
     convolve,
     double_side,
     fuse,
+    grow,
     resample,
 )
 from lmexp.generators.stylegan2_layers import LowPass, make_random_state
@@ -167,19 +168,16 @@ def compare_kernels(device: str) -> list[float]:
     image, layer = draw(2, 3, 5, 4).float().to(device), draw(2, 3, 10, 8, seed=1).float().to(device)
     for variables in ([image, layer], [image]):
         results = []
-        for grow in (double_and_add, Grown.apply):
-            leaves = [v.clone().requires_grad_() for v in variables]
-            made = grow(*leaves, *[None] * (2 - len(leaves)))
-            outer = draw(*made.shape, seed=2).float().to(device)
-            results.append([made.detach(), *torch.autograd.grad(made, leaves, outer)])
+        for function, where in ((grow, "cpu"), (Grown.apply, device)):
+            leaves = [v.to(where).clone().requires_grad_() for v in variables]
+            made = function(*leaves, *[None] * (2 - len(leaves)))
+            outer = draw(*made.shape, seed=2).float().to(where)
+            made_and_slopes = [made.detach(), *torch.autograd.grad(made, leaves, outer)]
+            results.append([x.cpu() for x in made_and_slopes])
         for wanted, found in zip(*results, strict=True):
             assert found.shape == wanted.shape and wanted.norm() > 0
             errors.append(float((found - wanted).norm() / wanted.norm()))
     return sorted(errors)
-
-
-def double_and_add(image: Tensor, layer: Tensor | None) -> Tensor:
-    return double_side(image) if layer is None else double_side(image) + layer
 
 
 @pytest.mark.parametrize("split", ["same", *SPLITS])
@@ -213,18 +211,10 @@ def test_what_the_compiler_is_told_of_the_kernels(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_kernels_compute_the_same() -> None:
-    """In a process of its own: Triton decides whether to interpret when it is first imported."""
-    done = subprocess.run(
-        [sys.executable, __file__, "cpu"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    count, worst = done.stdout.split()
-    assert int(count) == 81
-    assert 0 < float(worst) < 1e-5
+def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, float]]) -> None:
+    count, worst = run_kernels(Path(__file__).name, "cpu")
+    assert count == 81
+    assert 0 < worst < 1e-5
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
+LEAST_SIDE = 8
+"""Maps of this side are not halved further, px."""
+
 
 def autocorrelation(noise: Tensor) -> Tensor:
     """How much a noise map resembles its neighbour, over a pyramid of scales.
@@ -59,7 +62,7 @@ def autocorrelations(maps: Sequence[Tensor]) -> Tensor:
         waiting = [noise for noise in waiting if noise.shape[-2:] != size]
         for axis in (2, 3):
             total = total + (level * level.roll(1, axis)).mean((2, 3)).square().sum(1)
-        if min(size) > 8:
+        if min(size) > LEAST_SIDE:
             waiting += F.avg_pool2d(level, 2).unbind(1)
     return total
 

@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmexp.losses.noise import LEAST_SIDE
+
 BLOCK = 512
 """Cells of 2×2, and in the backward pass places, that a program works on at a time."""
 MOST = 64
 """Programs of a map in the forward pass at most; each leaves two partial sums."""
-LEAST_SIDE = 8
-"""Maps of this side are not halved further."""
 MOST_ROWS = 65535
 """Of a launch: CUDA's limit of a grid's second axis."""
 COUNTS = ["halved", "jobs", "side", "turns", "bits"]
