@@ -1,11 +1,15 @@
-"""MobileStyleGAN's synthesis in half precision, laid out for a compiler.
+"""MobileStyleGAN's synthesis in half precision, laid out for a GPU.
 
 Here channels are the last axis of the shape, not of the memory alone: 1×1 convolutions are matrix
 products, the inverse Haar transform is one pass of indices and signs, and a depthwise convolution
-is a sum of shifts in which modulation, noise, bias and activation have their part.
+is a sum of shifts in which modulation, noise, bias and activation have their part. Small maps are
+left to a compiler; those above `DENSE_SIDE`, nearly all of the memory's traffic, have kernels of
+their own on CUDA (`mobile_triton`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,7 @@ That is nine times the arithmetic and half the kernels; small maps are bound by 
 """
 
 _COLUMNS = 16
-"""Of the product that gives an image's 12 bands: a multiple of what tensor cores read at once."""
+"""Of the product that gives four pixels of three colours: what tensor cores take at least."""
 
 
 def merge_last(x: Tensor) -> Tensor:
@@ -58,6 +62,7 @@ class LoweredLayer(nn.Module):
 
     taps: Tensor | None
     weight: Tensor
+    columns: Tensor
     constant: Tensor
     bias: Tensor | None
 
@@ -78,6 +83,8 @@ class LoweredLayer(nn.Module):
         else:
             weight = weight[:, :, 0, 0].to(dtype)
         self.register_buffer("weight", weight)
+        if not self.dense:
+            self.register_buffer("columns", weight.T.contiguous())
         self.register_buffer("taps", None if taps is None else taps_of(taps))
         self.register_buffer("constant", constant[0].permute(1, 2, 0).float().contiguous())
         self.register_buffer("bias", None if bias is None else bias.float())
@@ -93,38 +100,6 @@ class LoweredLayer(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return F.leaky_relu(y, LEAK).to(rows.dtype)
-
-
-class LoweredTrunk(nn.Module):
-    """`mobile_stylegan.Trunk` with its layers lowered.
-
-    Args:
-        trunk: the network in float32.
-        dtype: half precision.
-    """
-
-    input: Tensor
-
-    def __init__(self, trunk: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("input", trunk.get_buffer("input").permute(0, 2, 3, 1).contiguous())
-        self.modulation = trunk.get_submodule("modulation")
-        self.conv = _lower(trunk.get_submodule("conv"), dtype)
-        self.blocks = nn.ModuleList(
-            LoweredBlock(block, dtype) for block in trunk.get_submodule("blocks").children()
-        )
-
-    @property
-    def num_ws(self) -> int:
-        """Number of style vectors it reads."""
-        return 1 + 2 * len(self.blocks)
-
-    def forward(self, ws: Tensor) -> tuple[Tensor, Tensor]:
-        """ws: [N, >= num_ws, w_dim] -> the features, twice: [N, h, w, C]."""
-        x = self.conv(self.input, self.modulation(ws[:, 0]))
-        for index, block in enumerate(self.blocks):
-            x = block(x, ws[:, 1 + 2 * index], ws[:, 2 + 2 * index])
-        return x, x
 
 
 class LoweredBlock(nn.Module):
@@ -143,92 +118,186 @@ class LoweredBlock(nn.Module):
         self.conv1 = _lower(block.get_submodule("conv1"), dtype)
         self.conv2 = _lower(block.get_submodule("conv2"), dtype)
 
-    def forward(self, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        """x: [N, h, w, 4C], w1 and w2: [N, w_dim] -> [N, 2h, 2w, C_out]."""
+    def styles(self, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """w1 and w2: [N, w_dim] -> factors of the bands [N, 4C] and of both layers' inputs."""
+        return self.up(w1), self.modulation1(w1), self.modulation2(w2)
+
+    def forward(self, x: Tensor, up: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """x: [N, h, w, 4C] and its three styles -> [N, 2h, 2w, C_out]."""
         # The bands' factor and that of the channels they make, at a quarter of the values each.
-        x = merge_last((x * self.up(w1)[:, None, None]).to(x.dtype))
-        x = self.conv1(x, self.modulation1(w1))
-        y: Tensor = self.conv2(x, self.modulation2(w2))
+        x = merge_last((x * up[:, None, None]).to(x.dtype))
+        y: Tensor = self.conv2(self.conv1(x, first), second)
         return y
 
 
-class LoweredFullHead(nn.Module):
-    """`mobile_stylegan.FullHead` as a matrix product.
+class LoweredHead(nn.Module):
+    """What makes an image of features, at half its side: either head, lowered.
+
+    The inverse Haar transform is part of the weights: a place's product is its four pixels.
 
     Args:
-        head: the layer in float32.
+        head: `mobile_stylegan.FullHead`, or `mobile_head.ImageHead`, frozen, in float32.
         dtype: half precision.
+
+    Attributes:
+        rows, columns: [16, C] and [C, 16]; column (2 down + right) · 3 + colour, four surplus.
+        constant: [16], or [h, w, 16] where there is noise.
+        layers: none, or the two before the product.
+        skip_rows, skip_columns: of a second product, of what the first of them reads.
     """
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, head: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.modulation = head.get_submodule("modulation")
-        self.register_buffer("weight", to_columns(head.get_buffer("weight"), dtype))
-        self.register_buffer("bias", head.get_buffer("bias").float())
-
-    def forward(self, x: Tensor, ws: Tensor) -> Tensor:
-        """x: [N, h, w, C], ws: [N, 1, w_dim] -> images: [N, 3, 2h, 2w], float32."""
-        x = (x * self.modulation(ws[:, 0])[:, None, None]).to(self.weight.dtype)
-        bands = F.linear(x, self.weight)[..., : len(self.bias)] + self.bias
-        return merge_last(bands).permute(0, 3, 1, 2)
-
-
-class LoweredImageHead(nn.Module):
-    """`mobile_head.ImageHead` with its layers lowered.
-
-    Args:
-        head: the head in float32, frozen.
-        dtype: half precision.
-    """
-
-    skip: Tensor
-    to_bands: Tensor
+    rows: Tensor
+    columns: Tensor
     constant: Tensor
+    skip_rows: Tensor | None
+    skip_columns: Tensor | None
 
     def __init__(self, head: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.modulations = nn.ModuleList(
-            head.get_submodule(name)
-            for name in ("layer1.modulation", "layer2.modulation", "modulation")
+        tensors = {
+            name: t.detach() for name, t in (*head.named_parameters(), *head.named_buffers())
+        }
+        self.layers = nn.ModuleList()
+        self.modulations = nn.ModuleList([head.get_submodule("modulation")])
+        constant, skip = tensors["bias"].float(), None
+        if "skip" in tensors:
+            for index, name in enumerate(("layer1", "layer2")):
+                self.modulations.insert(index, head.get_submodule(f"{name}.modulation"))
+                self.layers.append(
+                    LoweredLayer(
+                        tensors[f"{name}.weight"],
+                        tensors[f"{name}.frozen_constant"],
+                        None,
+                        tensors[f"{name}.depthwise"],
+                        dtype,
+                    )
+                )
+            constant = tensors["noise"][0].permute(1, 2, 0).float() + constant
+            skip = _to_pixels(tensors["skip"][:, :, 0, 0]).to(dtype)
+        weight = tensors["to_bands" if "skip" in tensors else "weight"][:, :, 0, 0]
+        rows = _to_pixels(weight).to(dtype)
+        self.register_buffer("rows", rows)
+        self.register_buffer("columns", rows.T.contiguous())
+        self.register_buffer(
+            "constant", _to_pixels(constant.movedim(-1, 0)).movedim(0, -1).contiguous()
         )
-        for name in ("layer1", "layer2"):
-            layer = head.get_submodule(name)
-            lowered = LoweredLayer(
-                layer.get_parameter("weight").detach(),
-                layer.get_buffer("frozen_constant"),
-                None,
-                layer.get_parameter("depthwise").detach(),
-                dtype,
-            )
-            self.add_module(name, lowered)
-        self.register_buffer("skip", to_columns(head.get_parameter("skip"), dtype))
-        self.register_buffer("to_bands", to_columns(head.get_parameter("to_bands"), dtype))
-        constant = head.get_parameter("noise") + head.get_parameter("bias")[:, None, None]
-        constant = constant.detach()[0].permute(1, 2, 0).float().contiguous()
-        self.register_buffer("constant", constant)
+        self.register_buffer("skip_rows", skip)
+        self.register_buffer("skip_columns", None if skip is None else skip.T.contiguous())
 
-    def forward(self, x: Tensor, ws: Tensor) -> Tensor:
-        """x: [N, h, w, C], ws: [N, 3, w_dim] -> images: [N, 3, 2h, 2w], float32."""
-        first, second, third = (
-            modulation(ws[:, index]) for index, modulation in enumerate(self.modulations)
+    def styles(self, ws: Tensor) -> list[Tensor]:
+        """ws: [N, 1 or 3, w_dim] -> factors of each product's input, [N, channels]."""
+        return [modulation(ws[:, index]) for index, modulation in enumerate(self.modulations)]
+
+    def forward(self, x: Tensor, *styles: Tensor) -> Tensor:
+        """x: [N, h, w, C] -> images: [N, 3, 2h, 2w], float32."""
+        # float32 from the sum on: these are the image's values.
+        total = self.constant
+        if self.skip_rows is not None:
+            total = total + F.linear((x * styles[0][:, None, None]).to(x.dtype), self.skip_rows)
+            for layer, style in zip(self.layers, styles, strict=False):
+                x = layer(x, style)
+        total = total + F.linear((x * styles[-1][:, None, None]).to(x.dtype), self.rows)
+        n, height, width = total.shape[:3]
+        pixels = total[..., :12].reshape(n, height, width, 2, 2, 3)
+        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, 2 * height, 2 * width)
+
+
+class LoweredTail(nn.Module):
+    """Blocks above `DENSE_SIDE` and the head.
+
+    Args:
+        blocks: with no dense layer among them.
+        head: what follows.
+    """
+
+    def __init__(self, blocks: Sequence[LoweredBlock], head: LoweredHead) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether `mobile_triton` can compute it: its tiles are of powers of two from 16 up."""
+        layers = [
+            *(conv for block in self.blocks for conv in (block.conv1, block.conv2)),
+            *self.head.layers,
+        ]
+        widths = [width for layer in layers for width in layer.weight.shape[:2]]
+        return (
+            bool(self.blocks)
+            and not any(layer.dense for layer in layers)
+            and all(width >= 16 and not width & (width - 1) for width in widths)
         )
-        skipped = F.linear((x * first[:, None, None]).to(x.dtype), self.skip)
-        x = self.get_submodule("layer1")(x, first)
-        x = self.get_submodule("layer2")(x, second)
-        bands = F.linear((x * third[:, None, None]).to(x.dtype), self.to_bands)
-        used = self.constant.shape[-1]
-        # float32 from here: these are the image's values.
-        total = bands[..., :used].float() + skipped[..., :used] + self.constant
-        return merge_last(total).permute(0, 3, 1, 2)
+
+    def forward(self, x: Tensor, styles: Sequence[Tensor]) -> Tensor:
+        """x: [N, h, w, C], styles: three a block, then the head's -> images, float32."""
+        count = 3 * len(self.blocks)
+        for index, block in enumerate(self.blocks):
+            x = block(x, *styles[3 * index : 3 * index + 3])
+        images: Tensor = self.head(x, *styles[count:])
+        return images
 
 
-def to_columns(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A 1×1 convolution's weight as a matrix whose surplus rows are 0: [16, I]."""
-    matrix = weight.detach()[:, :, 0, 0].to(dtype)
-    return F.pad(matrix, (0, 0, 0, -len(matrix) % _COLUMNS))
+class LoweredSynthesis(nn.Module):
+    """A MobileStyleGAN's synthesis, lowered.
+
+    Args:
+        trunk: `mobile_stylegan.Trunk`, in float32.
+        head: its head, in float32.
+        dtype: half precision.
+    """
+
+    input: Tensor
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("input", trunk.get_buffer("input").permute(0, 2, 3, 1).contiguous())
+        self.modulation = trunk.get_submodule("modulation")
+        self.conv = _lower(trunk.get_submodule("conv"), dtype)
+        blocks = [LoweredBlock(block, dtype) for block in trunk.get_submodule("blocks").children()]
+        small = [block for block in blocks if block.conv1.dense]
+        self.blocks = nn.ModuleList(small)
+        self.tail = LoweredTail(blocks[len(small) :], LoweredHead(head, dtype))
+        self._start: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = self.start
+        self._end: Callable[[Tensor, Sequence[Tensor]], Tensor] = self.tail.forward
+
+    def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
+        """Compile what has no kernels."""
+        self._start = fuse(self.start)  # type: ignore[assignment]
+        self._end = fuse(self.tail.forward)
+
+    def start(self, ws: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """ws: [N, num_ws, w_dim] -> features of the small blocks and the tail's styles."""
+        x = self.conv(self.input, self.modulation(ws[:, 0]))
+        for index, block in enumerate(self.blocks):
+            first, second = ws[:, 1 + 2 * index], ws[:, 2 + 2 * index]
+            x = block(x, *block.styles(first, second))  # type: ignore[operator]
+        place, styles = 1 + 2 * len(self.blocks), []
+        for block in self.tail.blocks:
+            styles += block.styles(ws[:, place], ws[:, place + 1])  # type: ignore[operator]
+            place += 2
+        return x, styles + self.tail.head.styles(ws[:, place:])
+
+    def forward(self, ws: Tensor) -> Tensor:
+        """ws: [N, num_ws, w_dim] -> images: [N, 3, R, R], float32."""
+        x, styles = self._start(ws)
+        if x.is_cuda and self.tail.has_kernels:
+            from lmexp.generators import mobile_triton
+
+            return mobile_triton.paint(self.tail, x, styles)
+        return self._end(x, styles)
+
+
+def _to_pixels(bands: Tensor) -> Tensor:
+    """Haar bands of three colours along the first axis, [12, …] -> four pixels', [16, …].
+
+    Rows (2 down + right) · 3 + colour; the last four are 0.
+    """
+    low, rows, columns, both = bands.view(4, 3, *bands.shape[1:])
+    top, bottom = low + rows, low - rows
+    top_step, bottom_step = columns + both, columns - both
+    pixels = (top + top_step, top - top_step, bottom + bottom_step, bottom - bottom_step)
+    return torch.cat([*pixels, low.new_zeros(_COLUMNS - 12, *low.shape[1:])])
 
 
 def _lower(layer: nn.Module, dtype: torch.dtype) -> LoweredLayer:

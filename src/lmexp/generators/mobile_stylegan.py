@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lmexp.errors import LmexpError
 from lmexp.generators.mobile_head import ImageHead, merge_bands
-from lmexp.generators.mobile_lowered import LoweredFullHead, LoweredImageHead, LoweredTrunk
+from lmexp.generators.mobile_lowered import LoweredSynthesis
 from lmexp.weights import store
 
 LEAK = 0.2
@@ -298,8 +298,7 @@ class MobileNetwork(nn.Module):
         super().__init__()
         depth = count_blocks(tensors)
         self._mapping = MappingNetwork(tensors)
-        self._trunk: Trunk | LoweredTrunk
-        self._head: FullHead | ImageHead | LoweredFullHead | LoweredImageHead
+        self._lowered: LoweredSynthesis | None = None
         self._trunk = Trunk(tensors, depth if head is None else head_depth)
         self._head = FullHead(tensors, f"layers.{depth - 1}.to_img") if head is None else head
         self.z_dim = self._mapping.z_dim
@@ -314,12 +313,14 @@ class MobileNetwork(nn.Module):
 
         Styles, noise, biases and sums stay float32, too; there is no way back.
         """
-        assert isinstance(self._trunk, Trunk)
-        if isinstance(self._head, FullHead):
-            self._head = LoweredFullHead(self._head, dtype)
+        self._lowered = LoweredSynthesis(self._trunk, self._head, dtype)
+
+    def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
+        """Compile what has no kernels of its own: all of it in float32."""
+        if self._lowered is None:
+            self.synthesis = fuse(self.synthesis)  # type: ignore[method-assign]
         else:
-            self._head = LoweredImageHead(self._head, dtype)
-        self._trunk = LoweredTrunk(self._trunk, dtype)
+            self._lowered.compile_regions(fuse)
 
     def mapping(self, z: Tensor) -> Tensor:
         """z: [N, z_dim], standard normal -> w: [N, w_dim], without truncation."""
@@ -342,6 +343,9 @@ class MobileNetwork(nn.Module):
                 f"noise_bufs: {len(noise_bufs)} maps, but this generator's noise is part of its "
                 "weights; pass none"
             )
+        if self._lowered is not None:
+            lowered: Tensor = self._lowered(ws)
+            return lowered
         features, _ = self._trunk(ws)
         images: Tensor = self._head(features, ws[:, self._trunk.num_ws :])
         return images

@@ -1,0 +1,608 @@
+"""The large layers of MobileStyleGAN as Triton kernels, forward and backward.
+
+What these kernels are for: a layer here is two cheap convolutions around much memory. A depthwise
+and a 1×1 convolution by themselves read and write every map several times, and in the backward pass
+again, with a sum over pixels for each style. Here a layer is one pass forward (the nine shifts are
+added up while the product with the 1×1 weights is under way) and one pass backward, which begins
+behind the layer's 1×1 convolution and ends behind that of the layer before. In between, only
+activated maps are kept.
+
+What is computed, in plain operations: `mobile_lowered.LoweredTail`. Maps lie in memory
+channels-last; sums are float32, whatever is stored. Sums over pixels are made of one partial sum a
+program, added up afterwards, so that they are the same at every run.
+"""
+
+# "no cover": they run on GPUs and, when tested, in a process of their own.
+# Upper case marks what a kernel is compiled for, as in Triton's own code.
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
+
+LEAK = 0.2
+ROWS, COLUMNS = 8, 16
+"""Places of a program: a tile that is nearly square reads the fewest neighbours."""
+COARSE_ROWS, COARSE_COLUMNS = 4, 8
+"""The same where each place stands for four pixels."""
+CHANNELS = 32
+"""Channels of a step of a product's sum."""
+OUTPUTS = 128
+"""Most channels of a result that a program computes."""
+WARPS, STAGES = 4, 2
+BLOCK = 1024
+"""Elements of a program where elements are strangers to each other."""
+COLOURS = 16
+"""Columns of the product that gives four pixels of three colours, padded."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # A tile's places: (image, rows, columns), and which of them are on the map.
+    across = tl.cdiv(width, COLUMNS)
+    down = tl.cdiv(height, ROWS)
+    image = tile // (across * down)
+    within = tile % (across * down)
+    place = tl.arange(0, ROWS * COLUMNS)
+    row = (within // across) * ROWS + place // COLUMNS
+    column = (within % across) * COLUMNS + place % COLUMNS
+    return image.to(tl.int64), row, column, (row < height) & (column < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _read(maps, image, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # [places, channels] in float32, 0 beyond the border.
+    there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    at = ((image * height + row) * width + column) * C
+    value = tl.load(maps + at[:, None] + channel[None, :], mask=there[:, None], other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
+    up,
+    out,
+    count,
+    height,
+    width,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # Inverse Haar transform of modulated bands; an element is a place and channel of a band.
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    channel = at % C
+    place = at // C
+    image = place // (height * width)
+    source = x + place * (4 * C) + channel
+    scale = up + image * (4 * C) + channel
+    low = tl.load(source, mask=there, other=0.0).to(tl.float32)
+    low *= tl.load(scale, mask=there, other=0.0)
+    rows = tl.load(source + C, mask=there, other=0.0).to(tl.float32)
+    rows *= tl.load(scale + C, mask=there, other=0.0)
+    columns = tl.load(source + 2 * C, mask=there, other=0.0).to(tl.float32)
+    columns *= tl.load(scale + 2 * C, mask=there, other=0.0)
+    both = tl.load(source + 3 * C, mask=there, other=0.0).to(tl.float32)
+    both *= tl.load(scale + 3 * C, mask=there, other=0.0)
+    # Of the result, twice as wide: place (2 i, 2 j).
+    row = place // width
+    first = out + (row * (4 * width) + 2 * (place % width)) * C + channel
+    tl.store(first, low + rows + columns + both, mask=there)
+    tl.store(first + C, low + rows - columns - both, mask=there)
+    tl.store(first + 2 * width * C, low - rows + columns - both, mask=there)
+    tl.store(first + (2 * width + 1) * C, low - rows - columns + both, mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _layer_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
+    style,
+    taps,
+    weight,
+    constant,
+    bias,
+    out,
+    height,
+    width,
+    leak,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    # Modulation, depthwise 3×3, 1×1, constant, bias, leaky ReLU; `weight` is [C_IN, C_OUT].
+    image, row, column, inside = _place(tl.program_id(0), height, width, ROWS, COLUMNS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
+    for start in range(0, C_IN, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        value = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        for down in tl.static_range(3):
+            for right in tl.static_range(3):
+                part = _read(
+                    x, image, row + (down - 1), column + (right - 1), channel, height, width, C_IN
+                )
+                value += part * tl.load(taps + (down * 3 + right) * C_IN + channel)[None, :]
+        value *= tl.load(style + image * C_IN + channel)[None, :]
+        factor = tl.load(weight + channel[:, None] * C_OUT + output[None, :])
+        total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+    place = row * width + column
+    if CONSTANTS == 1:
+        total += tl.load(constant + place, mask=inside, other=0.0)[:, None]
+    else:
+        at = place[:, None] * C_OUT + output[None, :]
+        total += tl.load(constant + at, mask=inside[:, None], other=0.0)
+    if BIAS:
+        total += tl.load(bias + output)[None, :]
+    total = tl.where(total > 0, total, leak * total)
+    at = (image * height * width + place) * C_OUT
+    tl.store(out + at[:, None] + output[None, :], total, mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    y,
+    style,
+    weight,
+    skipped,
+    skip_style,
+    skip_weight,
+    constant,
+    out,
+    height,
+    width,
+    C: tl.constexpr,
+    SKIPPED: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    # Four pixels of three colours at each place; `weight` is [C, 16], `out` [N, 3, 2 h, 2 w].
+    image, row, column, inside = _place(tl.program_id(0), height, width, ROWS, COLUMNS)
+    colour = tl.arange(0, 16)
+    total = tl.zeros([ROWS * COLUMNS, 16], dtype=tl.float32)
+    for start in range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        value = _read(y, image, row, column, channel, height, width, C)
+        value *= tl.load(style + image * C + channel)[None, :]
+        factor = tl.load(weight + channel[:, None] * 16 + colour[None, :])
+        total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+    if SKIPPED:
+        for start in range(0, SKIPPED, CHANNELS):
+            channel = start + tl.arange(0, CHANNELS)
+            value = _read(skipped, image, row, column, channel, height, width, SKIPPED)
+            value *= tl.load(skip_style + image * SKIPPED + channel)[None, :]
+            factor = tl.load(skip_weight + channel[:, None] * 16 + colour[None, :])
+            total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+    if CONSTANTS == 1:
+        total += tl.load(constant + colour)[None, :]
+    else:
+        at = (row * width + column)[:, None] * 16 + colour[None, :]
+        total += tl.load(constant + at, mask=inside[:, None], other=0.0)
+    at = _pixel(image, row, column, colour, height, width)
+    tl.store(out + at, total, mask=inside[:, None] & (colour < 12)[None, :])
+
+
+@triton.jit
+def _pixel(image, row, column, colour, height, width):  # type: ignore[no-untyped-def] # pragma: no cover
+    # Where column k of a place's product is in an image: k = (2 down + right) · 3 + channel.
+    plane = (image * 3 + colour % 3)[None, :] * (4 * height * width)
+    down = 2 * row[:, None] + (colour // 6)[None, :]
+    return plane + down * (2 * width) + 2 * column[:, None] + (colour // 3 % 2)[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    taps,
+    pixels,
+    colours,
+    y,
+    style,
+    weight,
+    sums,
+    out,
+    height,
+    width,
+    leak,
+    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    LAYER: tl.constexpr,
+    IMAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    # From behind one layer's 1×1 convolution, or the image, to behind that of the layer before,
+    # whose activated result is `y` [.., K]; `weight` is [K, C_OUT], `colours` [16, K].
+    tile = tl.program_id(0)
+    image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
+    if IMAGE:
+        colour = tl.arange(0, 16)
+        at = _pixel(image, row, column, colour, height, width)
+        shown = inside[:, None] & (colour < 12)[None, :]
+        painted = tl.load(pixels + at, mask=shown, other=0.0).to(colours.dtype.element_ty)
+    for start in range(0, K, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        value = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        if LAYER:
+            for down in tl.static_range(3):
+                for right in tl.static_range(3):
+                    part = _read(
+                        gradient,
+                        image,
+                        row - (down - 1),
+                        column - (right - 1),
+                        channel,
+                        height,
+                        width,
+                        K,
+                    )
+                    value += part * tl.load(taps + (down * 3 + right) * K + channel)[None, :]
+        if IMAGE:
+            factor = tl.load(colours + colour[:, None] * K + channel[None, :])
+            value = tl.dot(painted, factor, value, input_precision="ieee")
+        level = _read(y, image, row, column, channel, height, width, K)
+        if tl.program_id(1) == 0:
+            # Beyond the border y is 0.
+            tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(value * level, 0))
+        value *= tl.load(style + image * K + channel)[None, :]
+        value = tl.where(level > 0, value, leak * value)
+        factor = tl.load(weight + channel[:, None] * C_OUT + output[None, :])
+        total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+    at = ((image * height + row) * width + column) * C_OUT
+    tl.store(out + at[:, None] + output[None, :], total, mask=inside[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    taps,
+    x,
+    up,
+    style,
+    weight,
+    up_sums,
+    sums,
+    out,
+    height,
+    width,
+    leak,
+    C: tl.constexpr,
+    C_OUT: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    # As _back_kernel, through a depthwise convolution and the inverse Haar transform before it:
+    # `x` [N, h, w, 4 C] are the bands, `gradient` [N, 2 h, 2 w, C], `weight` [4 C, C_OUT]. Without
+    # PRODUCT `out` is the bands' gradient itself.
+    tile = tl.program_id(0)
+    image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
+    at = (image * height + row) * width + column
+    for start in range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        upper_left = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        upper_right = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        lower_left = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        lower_right = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        for down in tl.static_range(4):
+            for right in tl.static_range(4):
+                # Row 2 i + down - 1 meets pixel 2 i + a at tap a - (down - 1) + 1.
+                part = _read(
+                    gradient,
+                    image,
+                    2 * row + (down - 1),
+                    2 * column + (right - 1),
+                    channel,
+                    2 * height,
+                    2 * width,
+                    C,
+                )
+                if down < 3:
+                    if right < 3:
+                        tap = tl.load(taps + ((2 - down) * 3 + 2 - right) * C + channel)
+                        upper_left += part * tap[None, :]
+                    if right > 0:
+                        tap = tl.load(taps + ((2 - down) * 3 + 3 - right) * C + channel)
+                        upper_right += part * tap[None, :]
+                if down > 0:
+                    if right < 3:
+                        tap = tl.load(taps + ((3 - down) * 3 + 2 - right) * C + channel)
+                        lower_left += part * tap[None, :]
+                    if right > 0:
+                        tap = tl.load(taps + ((3 - down) * 3 + 3 - right) * C + channel)
+                        lower_right += part * tap[None, :]
+        # With respect to modulated bands, before the style of the depthwise convolution.
+        top, bottom = upper_left + upper_right, lower_left + lower_right
+        top_step, bottom_step = upper_left - upper_right, lower_left - lower_right
+        own = tl.load(style + image * C + channel)[None, :]
+        shared = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
+        for band in tl.static_range(4):
+            if band == 0:
+                value = top + bottom
+            elif band == 1:
+                value = top - bottom
+            elif band == 2:
+                value = top_step + bottom_step
+            else:
+                value = top_step - bottom_step
+            stored = band * C + channel
+            level = _read(x, image, row, column, stored, height, width, 4 * C)
+            scale = tl.load(up + image * (4 * C) + stored)[None, :]
+            shared += value * level * scale
+            value *= own
+            if tl.program_id(1) == 0:
+                place = tile.to(tl.int64) * (4 * C) + stored
+                tl.store(up_sums + place, tl.sum(value * level, 0))
+            value *= scale
+            if PRODUCT:
+                value = tl.where(level > 0, value, leak * value)
+                factor = tl.load(weight + stored[:, None] * C_OUT + output[None, :])
+                total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+            else:
+                target = out + at[:, None] * (4 * C) + stored[None, :]
+                tl.store(target, value, mask=inside[:, None])
+        if tl.program_id(1) == 0:
+            tl.store(sums + tile.to(tl.int64) * C + channel, tl.sum(shared, 0))
+    if PRODUCT:
+        target = out + at[:, None] * C_OUT + output[None, :]
+        tl.store(target, total, mask=inside[:, None])
+
+
+def _tiles(rows: int, columns: int, n: int, height: int, width: int) -> int:  # pragma: no cover
+    tiles: int = n * triton.cdiv(height, rows) * triton.cdiv(width, columns)
+    return tiles
+
+
+def _add_up(sums: Tensor, n: int) -> Tensor:  # pragma: no cover
+    """Partial sums [tiles, C] of n images -> [n, C]."""
+    return sums.view(n, -1, sums.shape[-1]).sum(1)
+
+
+def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
+    n, height, width, bands = x.shape
+    out = x.new_empty(n, 2 * height, 2 * width, bands // 4)
+    count = x.numel() // 4
+    grid = (triton.cdiv(count, BLOCK),)
+    _merge_kernel[grid](x, up, out, count, height, width, C=bands // 4, BLOCK=BLOCK)
+    return out
+
+
+def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
+    n, height, width, inputs = x.shape
+    outputs = layer.weight.shape[0]
+    out = x.new_empty(n, height, width, outputs)
+    wide = min(outputs, OUTPUTS)
+    grid = (_tiles(ROWS, COLUMNS, n, height, width), outputs // wide)
+    _layer_kernel[grid](
+        x,
+        style,
+        layer.taps,
+        layer.columns,
+        layer.constant,
+        layer.bias,
+        out,
+        height,
+        width,
+        LEAK,
+        C_IN=inputs,
+        C_OUT=outputs,
+        CONSTANTS=layer.constant.shape[-1],
+        BIAS=layer.bias is not None,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        CHANNELS=min(inputs, CHANNELS),
+        OUTPUTS=wide,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out
+
+
+def _image(
+    y: Tensor, style: Tensor, head: LoweredHead, skipped: Tensor | None, skip_style: Tensor | None
+) -> Tensor:  # pragma: no cover
+    n, height, width, channels = y.shape
+    out = torch.empty(n, 3, 2 * height, 2 * width, device=y.device)
+    _image_kernel[(_tiles(ROWS, COLUMNS, n, height, width),)](
+        y,
+        style,
+        head.columns,
+        skipped,
+        skip_style,
+        head.skip_columns,
+        head.constant,
+        out,
+        height,
+        width,
+        C=channels,
+        SKIPPED=0 if skipped is None else skipped.shape[-1],
+        CONSTANTS=1 if head.constant.ndim == 1 else COLOURS,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        CHANNELS=min(channels, CHANNELS),
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out
+
+
+def _back(
+    y: Tensor,
+    style: Tensor,
+    weight: Tensor,
+    layer: tuple[Tensor, Tensor] | None = None,
+    image: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # pragma: no cover
+    """Through one activated map.
+
+    Args:
+        y: [N, h, w, K], the map.
+        style: [N, K], what it is modulated with.
+        weight: [K, O], of the 1×1 convolution that made it.
+        layer: gradient [N, h, w, K] behind the depthwise convolution that reads it, its taps.
+        image: gradient [N, 3, 2 h, 2 w] of the image that is made of it, [16, K] its weight.
+
+    Returns:
+        Gradients behind that 1×1 convolution, [N, h, w, O], and of the style.
+    """
+    n, height, width, channels = y.shape
+    outputs = weight.shape[1]
+    wide = min(outputs, OUTPUTS)
+    tiles = _tiles(ROWS, COLUMNS, n, height, width)
+    sums = torch.empty(tiles, channels, device=y.device)
+    out = y.new_empty(n, height, width, outputs)
+    _back_kernel[(tiles, outputs // wide)](
+        *(layer or (None, None)),
+        *(image or (None, None)),
+        y,
+        style,
+        weight,
+        sums,
+        out,
+        height,
+        width,
+        LEAK,
+        K=channels,
+        C_OUT=outputs,
+        LAYER=layer is not None,
+        IMAGE=image is not None,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        CHANNELS=min(channels, CHANNELS),
+        OUTPUTS=wide,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out, _add_up(sums, n)
+
+
+def _back_merge(
+    gradient: Tensor,
+    taps: Tensor,
+    x: Tensor,
+    up: Tensor,
+    style: Tensor,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
+    """The same through the bands x [N, h, w, 4 C]: gradients, of the styles of bands and layer."""
+    n, height, width, bands = x.shape
+    channels = bands // 4
+    outputs = bands if weight is None else weight.shape[1]
+    wide = 16 if weight is None else min(outputs, OUTPUTS)
+    tiles = _tiles(COARSE_ROWS, COARSE_COLUMNS, n, height, width)
+    up_sums = torch.empty(tiles, bands, device=x.device)
+    sums = torch.empty(tiles, channels, device=x.device)
+    out = x.new_empty(n, height, width, outputs)
+    _back_merge_kernel[(tiles, 1 if weight is None else outputs // wide)](
+        gradient,
+        taps,
+        x,
+        up,
+        style,
+        weight,
+        up_sums,
+        sums,
+        out,
+        height,
+        width,
+        LEAK,
+        C=channels,
+        C_OUT=outputs,
+        PRODUCT=weight is not None,
+        ROWS=COARSE_ROWS,
+        COLUMNS=COARSE_COLUMNS,
+        CHANNELS=min(channels, CHANNELS),
+        OUTPUTS=wide,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out, _add_up(up_sums, n), _add_up(sums, n)
+
+
+class _Tail(torch.autograd.Function):  # pragma: no cover
+    """`LoweredTail` of bands [N, h, w, 4 C] and styles [N, channels]."""
+
+    @staticmethod
+    def forward(ctx: Any, tail: LoweredTail, x: Tensor, *styles: Tensor) -> Tensor:
+        x = x.contiguous()
+        styles = tuple(style.float().contiguous() for style in styles)
+        maps, given = [x], list(styles)
+        for block in tail.blocks:
+            up, first, second = given[:3]
+            del given[:3]
+            hidden = _layer(_merge(maps[-1], up), first, block.conv1)
+            maps += [hidden, _layer(hidden, second, block.conv2)]
+        head = tail.head
+        if head.layers:
+            features = maps[-1]
+            maps.append(_layer(features, given[0], head.layers[0]))
+            maps.append(_layer(maps[-1], given[1], head.layers[1]))
+            images = _image(maps[-1], given[2], head, features, given[0])
+        else:
+            images = _image(maps[-1], given[0], head, None, None)
+        ctx.tail, ctx.count = tail, len(styles)
+        ctx.save_for_backward(*styles, *maps)
+        return images
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        tail, pixels = ctx.tail, gradients[0].contiguous()
+        styles, maps = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
+        found: list[Tensor] = []  # from the last style to the first
+        head, blocks = tail.head, list(tail.blocks)
+        shown = (pixels, head.rows)
+        below = blocks[-1].conv2.weight
+        if head.layers:
+            conv1, conv2 = head.layers
+            gradient, own = _back(maps.pop(), styles.pop(), conv2.weight, image=shown)
+            found.append(own)
+            layer = (gradient, conv2.taps)
+            gradient, own = _back(maps.pop(), styles.pop(), conv1.weight, layer)
+            found.append(own)
+            layer, skipped = (gradient, conv1.taps), (pixels, head.skip_rows)
+            gradient, own = _back(maps.pop(), styles.pop(), below, layer, skipped)
+        else:
+            gradient, own = _back(maps.pop(), styles.pop(), below, image=shown)
+        found.append(own)
+        while blocks:
+            block = blocks.pop()
+            layer = (gradient, block.conv2.taps)
+            gradient, own = _back(maps.pop(), styles.pop(), block.conv1.weight, layer)
+            found.append(own)
+            first, up = styles.pop(), styles.pop()
+            below = blocks[-1].conv2.weight if blocks else None
+            gradient, of_up, own = _back_merge(
+                gradient, block.conv1.taps, maps.pop(), up, first, below
+            )
+            found += [own, of_up]
+        return None, gradient, *reversed(found)
+
+
+def paint(tail: LoweredTail, x: Tensor, styles: Sequence[Tensor]) -> Tensor:  # pragma: no cover
+    """`tail(x, styles)` by these kernels; `tail.has_kernels` says whether they fit it."""
+    images: Tensor = _Tail.apply(tail, x, *styles)
+    return images

@@ -1,0 +1,88 @@
+"""MobileStyleGAN's kernels against the same layers in plain operations.
+
+Run as a program, this file compares them on the device it is given; `TRITON_INTERPRET=1` runs them
+on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_mobile_stylegan import random_tensors
+
+from lmexp.generators import mobile_lowered
+from lmexp.generators.mobile_head import ImageHead
+from lmexp.generators.mobile_stylegan import MobileNetwork
+
+CHANNELS = (64, 64, 128, 64)
+
+
+def build(with_head: bool) -> mobile_lowered.LoweredTail:
+    """Two or three blocks of which all have kernels, and a head, in float32."""
+    head = None
+    if with_head:
+        torch.manual_seed(1)
+        head = ImageHead(channels=128, width=16, side=16, w_dim=6)
+        for value in head.parameters():
+            torch.nn.init.normal_(value, std=0.3)
+        head.freeze()
+    network = MobileNetwork(random_tensors(CHANNELS), "", head, 2 if with_head else None)
+    network.lower_precision(torch.float32)
+    assert network._lowered is not None
+    return network._lowered.tail
+
+
+def compare_kernels(device: str) -> list[float]:
+    """Relative errors of images and gradients, the worst last."""
+    from lmexp.generators import mobile_triton
+
+    errors = []
+    for with_head in (False, True):
+        tail = build(with_head)
+        assert tail.has_kernels and len(tail.blocks) == (2 if with_head else 3)
+        for count in (1, 3):
+            torch.manual_seed(2)
+            modulations = [
+                modulation
+                for block in tail.blocks
+                for modulation in (block.up, block.modulation1, block.modulation2)
+            ]
+            modulations += tail.head.modulations
+            widths = [modulation.bias.shape[0] for modulation in modulations]
+            inputs = [torch.randn(count, 4, 4, CHANNELS[0])]
+            inputs += [torch.randn(count, width) for width in widths]
+            side = 64 if not with_head else 32
+            outer = torch.randn(count, 3, side, side)
+            found = []
+            for fast in (False, True):
+                there = device if fast else "cpu"
+                leaves = [value.clone().to(there).requires_grad_() for value in inputs]
+                tail.to(there)
+                paint = functools.partial(mobile_triton.paint, tail) if fast else tail
+                images = paint(leaves[0], leaves[1:])
+                gradients = torch.autograd.grad(images, leaves, outer.to(there))
+                found.append([value.detach().cpu() for value in (images, *gradients)])
+            for wanted, got in zip(*found, strict=True):
+                assert got.shape == wanted.shape and wanted.norm() > 0
+                errors.append(float((got - wanted).norm() / wanted.norm()))
+    return sorted(errors)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, float]]) -> None:
+    count, worst = run_kernels(Path(__file__).name, "cpu")
+    # Twice the image, the features' gradient and those of the styles: 10 without the head, 9 with.
+    assert count == 2 * (2 + 10) + 2 * (2 + 9)
+    assert 0 < worst < 1e-5
+
+
+if __name__ == "__main__":
+    mobile_lowered.DENSE_SIDE = 4
+    found = compare_kernels(sys.argv[1])
+    print(len(found), found[-1])
