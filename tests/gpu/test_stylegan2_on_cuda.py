@@ -25,6 +25,7 @@ pytestmark = [
         ("test_fan_kernels.py", 81),
         ("test_adam_kernel.py", 12),
         ("test_noise_kernels.py", 40),
+        ("test_mobile_kernels.py", 46),
     ],
 )
 def test_kernels_compute_what_their_formulas_do(

@@ -30,15 +30,17 @@ if TYPE_CHECKING:
     from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
 
 LEAK = 0.2
-ROWS, COLUMNS = 8, 16
-"""Places of a program: a tile that is nearly square reads the fewest neighbours."""
-COARSE_ROWS, COARSE_COLUMNS = 4, 8
-"""The same where each place stands for four pixels."""
+ROWS, COLUMNS, WARPS = 8, 16, 4
+"""Places of a program, and warps that work on them: a tile that is nearly square reads the fewest
+neighbours."""
+GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS = 4, 8, 4
+"""The same where each place stands for 2×2 pixels."""
 CHANNELS = 32
 """Channels of a step of a product's sum."""
 OUTPUTS = 128
 """Most channels of a result that a program computes."""
-WARPS, STAGES = 4, 2
+STAGES = 1
+"""Loads are not staged through shared memory: they are shifts of each other."""
 BLOCK = 1024
 """Elements of a program where elements are strangers to each other."""
 COLOURS = 16
@@ -59,12 +61,63 @@ def _place(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _read(maps, image, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
-    # [places, channels] in float32, 0 beyond the border.
+def _read(maps, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # [places, channels] of one image in float32, 0 beyond the border.
     there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    at = ((image * height + row) * width + column) * C
+    at = (row * width + column) * C
     value = tl.load(maps + at[:, None] + channel[None, :], mask=there[:, None], other=0.0)
     return value.to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _convolve(  # type: ignore[no-untyped-def] # pragma: no cover
+    maps,
+    taps,
+    row,
+    column,
+    channel,
+    height,
+    width,
+    C: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    # A depthwise 3×3 convolution at the four pixels (2 row, 2 column) … (2 row + 1, 2 column + 1)
+    # of a map of height × width; its gradient, if TURNED. Pixels that share what they read need
+    # less than half of the loads and casts of four times one pixel.
+    upper_left = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
+    upper_right = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
+    lower_left = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
+    lower_right = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
+    for down in tl.static_range(4):
+        for right in tl.static_range(4):
+            part = _read(
+                maps, 2 * row + (down - 1), 2 * column + (right - 1), channel, height, width, C
+            )
+            if down < 3:
+                if right < 3:
+                    upper_left += part * _tap(taps, down * 3 + right, channel, C, TURNED)
+                if right > 0:
+                    upper_right += part * _tap(taps, down * 3 + right - 1, channel, C, TURNED)
+            if down > 0:
+                if right < 3:
+                    lower_left += part * _tap(taps, (down - 1) * 3 + right, channel, C, TURNED)
+                if right > 0:
+                    lower_right += part * _tap(taps, (down - 1) * 3 + right - 1, channel, C, TURNED)
+    return upper_left, upper_right, lower_left, lower_right
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _tap(taps, index: tl.constexpr, channel, C: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    at: tl.constexpr = 8 - index if TURNED else index
+    return tl.load(taps + at * C + channel)[None, :]
+
+
+@triton.jit
+def _multiply(value, weight, total):  # type: ignore[no-untyped-def] # pragma: no cover
+    # total [outputs, places] + weight [outputs, channels] · value [places, channels] turned. The
+    # tensor cores read the second factor from shared memory. As the first it would be brought to
+    # their registers' layout, and with it, through shared memory, each of the loads it is made of.
+    return tl.dot(weight, tl.trans(value.to(weight.dtype)), total, input_precision="ieee")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -124,33 +177,44 @@ def _layer_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    # Modulation, depthwise 3×3, 1×1, constant, bias, leaky ReLU; `weight` is [C_IN, C_OUT].
-    image, row, column, inside = _place(tl.program_id(0), height, width, ROWS, COLUMNS)
+    # Modulation, depthwise 3×3, 1×1 by `weight` [C_OUT, C_IN], constant, bias, leaky ReLU.
+    image, row, column, _ = _place(tl.program_id(0), height // 2, width // 2, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
+    upper_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    upper_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    lower_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    lower_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    x += image * height * width * C_IN
+    out += image * height * width * C_OUT
     for start in range(0, C_IN, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
-        value = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        for down in tl.static_range(3):
-            for right in tl.static_range(3):
-                part = _read(
-                    x, image, row + (down - 1), column + (right - 1), channel, height, width, C_IN
-                )
-                value += part * tl.load(taps + (down * 3 + right) * C_IN + channel)[None, :]
-        value *= tl.load(style + image * C_IN + channel)[None, :]
-        factor = tl.load(weight + channel[:, None] * C_OUT + output[None, :])
-        total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
-    place = row * width + column
-    if CONSTANTS == 1:
-        total += tl.load(constant + place, mask=inside, other=0.0)[:, None]
-    else:
-        at = place[:, None] * C_OUT + output[None, :]
-        total += tl.load(constant + at, mask=inside[:, None], other=0.0)
-    if BIAS:
-        total += tl.load(bias + output)[None, :]
-    total = tl.where(total > 0, total, leak * total)
-    at = (image * height * width + place) * C_OUT
-    tl.store(out + at[:, None] + output[None, :], total, mask=inside[:, None])
+        a, b, c, d = _convolve(x, taps, row, column, channel, height, width, C_IN, False)
+        own = tl.load(style + image * C_IN + channel)[None, :]
+        at = output[:, None] * C_IN + channel[None, :]
+        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
+        upper_left = _multiply(a * own, factor, upper_left)
+        upper_right = _multiply(b * own, factor, upper_right)
+        lower_left = _multiply(c * own, factor, lower_left)
+        lower_right = _multiply(d * own, factor, lower_right)
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            if down == 0:
+                total = upper_left if right == 0 else upper_right
+            else:
+                total = lower_left if right == 0 else lower_right
+            y, x_ = 2 * row + down, 2 * column + right
+            there = ((y < height) & (x_ < width))[:, None] & (output < C_OUT)[None, :]
+            place = y * width + x_
+            at = (place * C_OUT)[:, None] + output[None, :]
+            total = tl.trans(total)
+            if CONSTANTS == 1:
+                total += tl.load(constant + place, mask=(y < height) & (x_ < width))[:, None]
+            else:
+                total += tl.load(constant + at, mask=there, other=0.0)
+            if BIAS:
+                total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
+            total = tl.where(total > 0, total, leak * total)
+            tl.store(out + at, total, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -175,17 +239,19 @@ def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     # Four pixels of three colours at each place; `weight` is [C, 16], `out` [N, 3, 2 h, 2 w].
     image, row, column, inside = _place(tl.program_id(0), height, width, ROWS, COLUMNS)
     colour = tl.arange(0, 16)
+    y += image * height * width * C
     total = tl.zeros([ROWS * COLUMNS, 16], dtype=tl.float32)
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
-        value = _read(y, image, row, column, channel, height, width, C)
+        value = _read(y, row, column, channel, height, width, C)
         value *= tl.load(style + image * C + channel)[None, :]
         factor = tl.load(weight + channel[:, None] * 16 + colour[None, :])
         total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
     if SKIPPED:
+        skipped += image * height * width * SKIPPED
         for start in range(0, SKIPPED, CHANNELS):
             channel = start + tl.arange(0, CHANNELS)
-            value = _read(skipped, image, row, column, channel, height, width, SKIPPED)
+            value = _read(skipped, row, column, channel, height, width, SKIPPED)
             value *= tl.load(skip_style + image * SKIPPED + channel)[None, :]
             factor = tl.load(skip_weight + channel[:, None] * 16 + colour[None, :])
             total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
@@ -207,9 +273,7 @@ def _pixel(image, row, column, colour, height, width):  # type: ignore[no-untype
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
-    gradient,
-    taps,
+def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     pixels,
     colours,
     y,
@@ -222,54 +286,114 @@ def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     leak,
     K: tl.constexpr,
     C_OUT: tl.constexpr,
-    LAYER: tl.constexpr,
-    IMAGE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    # From behind one layer's 1×1 convolution, or the image, to behind that of the layer before,
-    # whose activated result is `y` [.., K]; `weight` is [K, C_OUT], `colours` [16, K].
+    # From the image to behind the 1×1 convolution, `weight` [C_OUT, K], whose activated result `y`
+    # [.., K] it is made of by `colours` [16, K].
     tile = tl.program_id(0)
     image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
-    if IMAGE:
-        colour = tl.arange(0, 16)
-        at = _pixel(image, row, column, colour, height, width)
-        shown = inside[:, None] & (colour < 12)[None, :]
-        painted = tl.load(pixels + at, mask=shown, other=0.0).to(colours.dtype.element_ty)
+    total = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    colour = tl.arange(0, 16)
+    at = _pixel(image, row, column, colour, height, width)
+    shown = inside[:, None] & (colour < 12)[None, :]
+    painted = tl.load(pixels + at, mask=shown, other=0.0).to(colours.dtype.element_ty)
+    y += image * height * width * K
+    out += image * height * width * C_OUT
     for start in range(0, K, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
-        value = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        if LAYER:
-            for down in tl.static_range(3):
-                for right in tl.static_range(3):
-                    part = _read(
-                        gradient,
-                        image,
-                        row - (down - 1),
-                        column - (right - 1),
-                        channel,
-                        height,
-                        width,
-                        K,
-                    )
-                    value += part * tl.load(taps + (down * 3 + right) * K + channel)[None, :]
-        if IMAGE:
-            factor = tl.load(colours + colour[:, None] * K + channel[None, :])
-            value = tl.dot(painted, factor, value, input_precision="ieee")
-        level = _read(y, image, row, column, channel, height, width, K)
+        factor = tl.load(colours + colour[:, None] * K + channel[None, :])
+        value = tl.dot(painted, factor, input_precision="ieee")
+        level = _read(y, row, column, channel, height, width, K)
         if tl.program_id(1) == 0:
             # Beyond the border y is 0.
             tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(value * level, 0))
         value *= tl.load(style + image * K + channel)[None, :]
         value = tl.where(level > 0, value, leak * value)
-        factor = tl.load(weight + channel[:, None] * C_OUT + output[None, :])
-        total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
-    at = ((image * height + row) * width + column) * C_OUT
-    tl.store(out + at[:, None] + output[None, :], total, mask=inside[:, None])
+        at = output[:, None] * K + channel[None, :]
+        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
+        total = _multiply(value, factor, total)
+    at = ((row * width + column) * C_OUT)[:, None] + output[None, :]
+    there = inside[:, None] & (output < C_OUT)[None, :]
+    tl.store(out + at, tl.trans(total), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    taps,
+    more,
+    y,
+    style,
+    weight,
+    sums,
+    out,
+    height,
+    width,
+    leak,
+    K: tl.constexpr,
+    C_OUT: tl.constexpr,
+    MORE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    # From behind one layer's 1×1 convolution to behind that of the layer before, `weight`
+    # [C_OUT, K], whose activated result is `y` [.., K]; `more` reads y beside the layer.
+    tile = tl.program_id(0)
+    image, row, column, _ = _place(tile, height // 2, width // 2, ROWS, COLUMNS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    upper_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    upper_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    lower_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    lower_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    gradient += image * height * width * K
+    y += image * height * width * K
+    out += image * height * width * C_OUT
+    if MORE:
+        more += image * height * width * K
+    for start in range(0, K, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        a, b, c, d = _convolve(gradient, taps, row, column, channel, height, width, K, True)
+        if MORE:
+            a += _read(more, 2 * row, 2 * column, channel, height, width, K)
+            b += _read(more, 2 * row, 2 * column + 1, channel, height, width, K)
+            c += _read(more, 2 * row + 1, 2 * column, channel, height, width, K)
+            d += _read(more, 2 * row + 1, 2 * column + 1, channel, height, width, K)
+        # Beyond the border y is 0.
+        level_a = _read(y, 2 * row, 2 * column, channel, height, width, K)
+        level_b = _read(y, 2 * row, 2 * column + 1, channel, height, width, K)
+        level_c = _read(y, 2 * row + 1, 2 * column, channel, height, width, K)
+        level_d = _read(y, 2 * row + 1, 2 * column + 1, channel, height, width, K)
+        if tl.program_id(1) == 0:
+            found = a * level_a + b * level_b + c * level_c + d * level_d
+            tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(found, 0))
+        own = tl.load(style + image * K + channel)[None, :]
+        a *= tl.where(level_a > 0, own, leak * own)
+        b *= tl.where(level_b > 0, own, leak * own)
+        c *= tl.where(level_c > 0, own, leak * own)
+        d *= tl.where(level_d > 0, own, leak * own)
+        at = output[:, None] * K + channel[None, :]
+        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
+        upper_left = _multiply(a, factor, upper_left)
+        upper_right = _multiply(b, factor, upper_right)
+        lower_left = _multiply(c, factor, lower_left)
+        lower_right = _multiply(d, factor, lower_right)
+    for down in tl.static_range(2):
+        for right in tl.static_range(2):
+            if down == 0:
+                total = upper_left if right == 0 else upper_right
+            else:
+                total = lower_left if right == 0 else lower_right
+            below, beside = 2 * row + down, 2 * column + right
+            inside = (below < height) & (beside < width)
+            at = ((below * width + beside) * C_OUT)[:, None] + output[None, :]
+            there = inside[:, None] & (output < C_OUT)[None, :]
+            tl.store(out + at, tl.trans(total), mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -294,50 +418,23 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    # As _back_kernel, through a depthwise convolution and the inverse Haar transform before it:
-    # `x` [N, h, w, 4 C] are the bands, `gradient` [N, 2 h, 2 w, C], `weight` [4 C, C_OUT]. Without
-    # PRODUCT `out` is the bands' gradient itself.
+    # As _back_kernel, through the inverse Haar transform that the layer reads: `x` [N, h, w, 4 C]
+    # are the bands, `gradient` [N, 2 h, 2 w, C], `weight` [C_OUT, 4 C]. Without PRODUCT `out` is
+    # the bands' gradient itself.
     tile = tl.program_id(0)
     image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([ROWS * COLUMNS, OUTPUTS], dtype=tl.float32)
-    at = (image * height + row) * width + column
+    total = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    place = row * width + column
+    gradient += image * (4 * height * width * C)
+    x += image * (height * width * 4 * C)
+    out += image * (height * width * C_OUT)
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
-        upper_left = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        upper_right = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        lower_left = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        lower_right = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        for down in tl.static_range(4):
-            for right in tl.static_range(4):
-                # Row 2 i + down - 1 meets pixel 2 i + a at tap a - (down - 1) + 1.
-                part = _read(
-                    gradient,
-                    image,
-                    2 * row + (down - 1),
-                    2 * column + (right - 1),
-                    channel,
-                    2 * height,
-                    2 * width,
-                    C,
-                )
-                if down < 3:
-                    if right < 3:
-                        tap = tl.load(taps + ((2 - down) * 3 + 2 - right) * C + channel)
-                        upper_left += part * tap[None, :]
-                    if right > 0:
-                        tap = tl.load(taps + ((2 - down) * 3 + 3 - right) * C + channel)
-                        upper_right += part * tap[None, :]
-                if down > 0:
-                    if right < 3:
-                        tap = tl.load(taps + ((3 - down) * 3 + 2 - right) * C + channel)
-                        lower_left += part * tap[None, :]
-                    if right > 0:
-                        tap = tl.load(taps + ((3 - down) * 3 + 3 - right) * C + channel)
-                        lower_right += part * tap[None, :]
+        a, b, c, d = _convolve(gradient, taps, row, column, channel, 2 * height, 2 * width, C, True)
         # With respect to modulated bands, before the style of the depthwise convolution.
-        top, bottom = upper_left + upper_right, lower_left + lower_right
-        top_step, bottom_step = upper_left - upper_right, lower_left - lower_right
+        top, bottom = a + b, c + d
+        top_step, bottom_step = a - b, c - d
         own = tl.load(style + image * C + channel)[None, :]
         shared = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
         for band in tl.static_range(4):
@@ -350,26 +447,28 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             else:
                 value = top_step - bottom_step
             stored = band * C + channel
-            level = _read(x, image, row, column, stored, height, width, 4 * C)
+            level = _read(x, row, column, stored, height, width, 4 * C)
             scale = tl.load(up + image * (4 * C) + stored)[None, :]
             shared += value * level * scale
             value *= own
             if tl.program_id(1) == 0:
-                place = tile.to(tl.int64) * (4 * C) + stored
-                tl.store(up_sums + place, tl.sum(value * level, 0))
+                up_sum = up_sums + tile.to(tl.int64) * (4 * C) + stored
+                tl.store(up_sum, tl.sum(value * level, 0))
             value *= scale
             if PRODUCT:
                 value = tl.where(level > 0, value, leak * value)
-                factor = tl.load(weight + stored[:, None] * C_OUT + output[None, :])
-                total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
+                entry = weight + output[:, None] * (4 * C) + stored[None, :]
+                factor = tl.load(entry, mask=output[:, None] < C_OUT, other=0.0)
+                total = _multiply(value, factor, total)
             else:
-                target = out + at[:, None] * (4 * C) + stored[None, :]
-                tl.store(target, value, mask=inside[:, None])
+                band_at = (place * (4 * C))[:, None] + stored[None, :]
+                tl.store(out + band_at, value, mask=inside[:, None])
         if tl.program_id(1) == 0:
             tl.store(sums + tile.to(tl.int64) * C + channel, tl.sum(shared, 0))
     if PRODUCT:
-        target = out + at[:, None] * C_OUT + output[None, :]
-        tl.store(target, total, mask=inside[:, None])
+        at = (place * C_OUT)[:, None] + output[None, :]
+        there = inside[:, None] & (output < C_OUT)[None, :]
+        tl.store(out + at, tl.trans(total), mask=there)
 
 
 def _tiles(rows: int, columns: int, n: int, height: int, width: int) -> int:  # pragma: no cover
@@ -391,17 +490,23 @@ def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
     return out
 
 
+def _wide(outputs: int) -> int:  # pragma: no cover
+    """Outputs of a program; tensor cores take 64 at least, of which some may be surplus."""
+    return max(64, min(outputs, OUTPUTS))
+
+
 def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
     n, height, width, inputs = x.shape
     outputs = layer.weight.shape[0]
     out = x.new_empty(n, height, width, outputs)
-    wide = min(outputs, OUTPUTS)
-    grid = (_tiles(ROWS, COLUMNS, n, height, width), outputs // wide)
+    wide = _wide(outputs)
+    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height // 2, width // 2)
+    grid = (tiles, triton.cdiv(outputs, wide))
     _layer_kernel[grid](
         x,
         style,
         layer.taps,
-        layer.columns,
+        layer.weight,
         layer.constant,
         layer.bias,
         out,
@@ -412,11 +517,11 @@ def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
         C_OUT=outputs,
         CONSTANTS=layer.constant.shape[-1],
         BIAS=layer.bias is not None,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
+        ROWS=GROUP_ROWS,
+        COLUMNS=GROUP_COLUMNS,
         CHANNELS=min(inputs, CHANNELS),
         OUTPUTS=wide,
-        num_warps=WARPS,
+        num_warps=GROUP_WARPS,
         num_stages=STAGES,
     )
     return out
@@ -450,34 +555,29 @@ def _image(
     return out
 
 
-def _back(
-    y: Tensor,
-    style: Tensor,
-    weight: Tensor,
-    layer: tuple[Tensor, Tensor] | None = None,
-    image: tuple[Tensor, Tensor] | None = None,
+def _back_image(
+    pixels: Tensor, colours: Tensor, y: Tensor, style: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:  # pragma: no cover
-    """Through one activated map.
+    """From an image to behind the 1×1 convolution before it.
 
     Args:
+        pixels: [N, 3, 2 h, 2 w], the image's gradient.
+        colours: [16, K], what made it of the map.
         y: [N, h, w, K], the map.
-        style: [N, K], what it is modulated with.
-        weight: [K, O], of the 1×1 convolution that made it.
-        layer: gradient [N, h, w, K] behind the depthwise convolution that reads it, its taps.
-        image: gradient [N, 3, 2 h, 2 w] of the image that is made of it, [16, K] its weight.
+        style: [N, K], what it was modulated with.
+        weight: [O, K], of the 1×1 convolution that made it, transposed.
 
     Returns:
-        Gradients behind that 1×1 convolution, [N, h, w, O], and of the style.
+        Gradients [N, h, w, O], and of the style [N, K].
     """
     n, height, width, channels = y.shape
-    outputs = weight.shape[1]
-    wide = min(outputs, OUTPUTS)
+    outputs, wide = len(weight), _wide(len(weight))
     tiles = _tiles(ROWS, COLUMNS, n, height, width)
     sums = torch.empty(tiles, channels, device=y.device)
     out = y.new_empty(n, height, width, outputs)
-    _back_kernel[(tiles, outputs // wide)](
-        *(layer or (None, None)),
-        *(image or (None, None)),
+    _back_image_kernel[(tiles, triton.cdiv(outputs, wide))](
+        pixels,
+        colours,
         y,
         style,
         weight,
@@ -488,13 +588,56 @@ def _back(
         LEAK,
         K=channels,
         C_OUT=outputs,
-        LAYER=layer is not None,
-        IMAGE=image is not None,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         CHANNELS=min(channels, CHANNELS),
         OUTPUTS=wide,
         num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    return out, _add_up(sums, n)
+
+
+def _back(
+    gradient: Tensor,
+    taps: Tensor,
+    y: Tensor,
+    style: Tensor,
+    weight: Tensor,
+    more: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # pragma: no cover
+    """From behind a layer's 1×1 convolution to behind that of the layer before.
+
+    Args:
+        gradient: [N, h, w, K], behind the layer's depthwise convolution with `taps`.
+        y, style, weight: as `_back_image` takes them.
+        more: [N, h, w, K], gradient of another reader of the modulated map.
+    """
+    n, height, width, channels = y.shape
+    outputs, wide = len(weight), _wide(len(weight))
+    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height // 2, width // 2)
+    sums = torch.empty(tiles, channels, device=y.device)
+    out = y.new_empty(n, height, width, outputs)
+    _back_kernel[(tiles, triton.cdiv(outputs, wide))](
+        gradient,
+        taps,
+        more,
+        y,
+        style,
+        weight,
+        sums,
+        out,
+        height,
+        width,
+        LEAK,
+        K=channels,
+        C_OUT=outputs,
+        MORE=more is not None,
+        ROWS=GROUP_ROWS,
+        COLUMNS=GROUP_COLUMNS,
+        CHANNELS=min(channels, CHANNELS),
+        OUTPUTS=wide,
+        num_warps=GROUP_WARPS,
         num_stages=STAGES,
     )
     return out, _add_up(sums, n)
@@ -511,13 +654,13 @@ def _back_merge(
     """The same through the bands x [N, h, w, 4 C]: gradients, of the styles of bands and layer."""
     n, height, width, bands = x.shape
     channels = bands // 4
-    outputs = bands if weight is None else weight.shape[1]
-    wide = 16 if weight is None else min(outputs, OUTPUTS)
-    tiles = _tiles(COARSE_ROWS, COARSE_COLUMNS, n, height, width)
+    outputs = bands if weight is None else len(weight)
+    wide = 64 if weight is None else _wide(outputs)
+    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height, width)
     up_sums = torch.empty(tiles, bands, device=x.device)
     sums = torch.empty(tiles, channels, device=x.device)
     out = x.new_empty(n, height, width, outputs)
-    _back_merge_kernel[(tiles, 1 if weight is None else outputs // wide)](
+    _back_merge_kernel[(tiles, 1 if weight is None else triton.cdiv(outputs, wide))](
         gradient,
         taps,
         x,
@@ -533,14 +676,21 @@ def _back_merge(
         C=channels,
         C_OUT=outputs,
         PRODUCT=weight is not None,
-        ROWS=COARSE_ROWS,
-        COLUMNS=COARSE_COLUMNS,
+        ROWS=GROUP_ROWS,
+        COLUMNS=GROUP_COLUMNS,
         CHANNELS=min(channels, CHANNELS),
         OUTPUTS=wide,
-        num_warps=WARPS,
+        num_warps=GROUP_WARPS,
         num_stages=STAGES,
     )
     return out, _add_up(up_sums, n), _add_up(sums, n)
+
+
+def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover
+    """Images [N, 3, 2 h, 2 w] -> [N, h, w, 12], columns in the order of `LoweredHead`."""
+    n, _, height, width = pixels.shape
+    parts = pixels.reshape(n, 3, height // 2, 2, width // 2, 2)
+    return parts.permute(0, 2, 4, 3, 5, 1).flatten(3)
 
 
 class _Tail(torch.autograd.Function):  # pragma: no cover
@@ -574,27 +724,27 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
         styles, maps = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
         found: list[Tensor] = []  # from the last style to the first
         head, blocks = tail.head, list(tail.blocks)
-        shown = (pixels, head.rows)
-        below = blocks[-1].conv2.weight
+        below = blocks[-1].conv2.columns
         if head.layers:
             conv1, conv2 = head.layers
-            gradient, own = _back(maps.pop(), styles.pop(), conv2.weight, image=shown)
+            gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), conv2.columns)
             found.append(own)
-            layer = (gradient, conv2.taps)
-            gradient, own = _back(maps.pop(), styles.pop(), conv1.weight, layer)
+            gradient, own = _back(gradient, conv2.taps, maps.pop(), styles.pop(), conv1.columns)
             found.append(own)
-            layer, skipped = (gradient, conv1.taps), (pixels, head.skip_rows)
-            gradient, own = _back(maps.pop(), styles.pop(), below, layer, skipped)
+            # The product that skips both layers.
+            more = _unpaint(pixels).to(gradient.dtype) @ head.skip_rows[:12]
+            gradient, own = _back(gradient, conv1.taps, maps.pop(), styles.pop(), below, more)
         else:
-            gradient, own = _back(maps.pop(), styles.pop(), below, image=shown)
+            gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), below)
         found.append(own)
         while blocks:
             block = blocks.pop()
-            layer = (gradient, block.conv2.taps)
-            gradient, own = _back(maps.pop(), styles.pop(), block.conv1.weight, layer)
+            gradient, own = _back(
+                gradient, block.conv2.taps, maps.pop(), styles.pop(), block.conv1.columns
+            )
             found.append(own)
             first, up = styles.pop(), styles.pop()
-            below = blocks[-1].conv2.weight if blocks else None
+            below = blocks[-1].conv2.columns if blocks else None
             gradient, of_up, own = _back_merge(
                 gradient, block.conv1.taps, maps.pop(), up, first, below
             )

@@ -159,7 +159,16 @@ class BlurredConv(nn.Module):
                 end = F.conv2d(below[..., -last:], self.corner, self.bias)
                 row = torch.cat([row, end], 3)
             y = torch.cat([y, row], 2)
-        return F.pad(y, (1, int(not even_columns), 1, int(not even_rows)), mode="replicate")
+        return _repeat_border(y, bottom=not even_rows, right=not even_columns)
+
+
+def _repeat_border(x: Tensor, *, bottom: bool, right: bool) -> Tensor:
+    """x: [N, C, h, w] -> its first row and column twice, its last ones too if asked for."""
+    if not torch.compiler.is_compiling():
+        return F.pad(x, (1, int(right), 1, int(bottom)), mode="replicate")
+    # Compilers expect the gradient of that in another memory layout than it has.
+    x = torch.cat([x[:, :, :1], x, x[:, :, -1:]][: 3 if bottom else 2], 2)
+    return torch.cat([x[..., :1], x, x[..., -1:]][: 3 if right else 2], 3)
 
 
 def _convolve(weight: Tensor, rows: Sequence[float], columns: Sequence[float]) -> Tensor:
