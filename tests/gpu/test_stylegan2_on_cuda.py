@@ -26,6 +26,7 @@ pytestmark = [
         ("test_adam_kernel.py", 12),
         ("test_noise_kernels.py", 40),
         ("test_mobile_kernels.py", 46),
+        ("test_identity_kernels.py", 8),
     ],
 )
 def test_kernels_compute_what_their_formulas_do(

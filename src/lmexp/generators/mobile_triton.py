@@ -113,6 +113,27 @@ def _tap(taps, index: tl.constexpr, channel, C: tl.constexpr, TURNED: tl.constex
 
 
 @triton.jit
+def _stack(a, b, c, d):  # type: ignore[no-untyped-def] # pragma: no cover
+    # Four [places, channels] -> [4 places, channels], one after the other: one product, not four.
+    joined = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (3, 2, 0, 1))
+    return tl.reshape(joined, (4 * a.shape[0], a.shape[1]))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _place_pixels(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # The pixels of a tile of groups in the order of _stack: as _place, of the whole map.
+    across = tl.cdiv(width // 2, COLUMNS)
+    down = tl.cdiv(height // 2, ROWS)
+    within = tile % (across * down)
+    pixel = tl.arange(0, 4 * ROWS * COLUMNS)
+    place = pixel % (ROWS * COLUMNS)
+    phase = pixel // (ROWS * COLUMNS)
+    row = 2 * ((within // across) * ROWS + place // COLUMNS) + phase // 2
+    column = 2 * ((within % across) * COLUMNS + place % COLUMNS) + phase % 2
+    return row * width + column, (row < height) & (column < width)
+
+
+@triton.jit
 def _multiply(value, weight, total):  # type: ignore[no-untyped-def] # pragma: no cover
     # total [outputs, places] + weight [outputs, channels] · value [places, channels] turned. The
     # tensor cores read the second factor from shared memory. As the first it would be brought to
@@ -178,43 +199,31 @@ def _layer_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     OUTPUTS: tl.constexpr,
 ):
     # Modulation, depthwise 3×3, 1×1 by `weight` [C_OUT, C_IN], constant, bias, leaky ReLU.
-    image, row, column, _ = _place(tl.program_id(0), height // 2, width // 2, ROWS, COLUMNS)
+    tile = tl.program_id(0)
+    image, row, column, _ = _place(tile, height // 2, width // 2, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    upper_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    upper_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    lower_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    lower_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    total = tl.zeros([OUTPUTS, 4 * ROWS * COLUMNS], dtype=tl.float32)
     x += image * height * width * C_IN
     out += image * height * width * C_OUT
     for start in range(0, C_IN, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         a, b, c, d = _convolve(x, taps, row, column, channel, height, width, C_IN, False)
         own = tl.load(style + image * C_IN + channel)[None, :]
-        at = output[:, None] * C_IN + channel[None, :]
-        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
-        upper_left = _multiply(a * own, factor, upper_left)
-        upper_right = _multiply(b * own, factor, upper_right)
-        lower_left = _multiply(c * own, factor, lower_left)
-        lower_right = _multiply(d * own, factor, lower_right)
-    for down in tl.static_range(2):
-        for right in tl.static_range(2):
-            if down == 0:
-                total = upper_left if right == 0 else upper_right
-            else:
-                total = lower_left if right == 0 else lower_right
-            y, x_ = 2 * row + down, 2 * column + right
-            there = ((y < height) & (x_ < width))[:, None] & (output < C_OUT)[None, :]
-            place = y * width + x_
-            at = (place * C_OUT)[:, None] + output[None, :]
-            total = tl.trans(total)
-            if CONSTANTS == 1:
-                total += tl.load(constant + place, mask=(y < height) & (x_ < width))[:, None]
-            else:
-                total += tl.load(constant + at, mask=there, other=0.0)
-            if BIAS:
-                total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
-            total = tl.where(total > 0, total, leak * total)
-            tl.store(out + at, total, mask=there)
+        entry = output[:, None] * C_IN + channel[None, :]
+        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
+        total = _multiply(_stack(a * own, b * own, c * own, d * own), factor, total)
+    total = tl.trans(total)
+    pixel, inside = _place_pixels(tile, height, width, ROWS, COLUMNS)
+    at = (pixel * C_OUT)[:, None] + output[None, :]
+    there = inside[:, None] & (output < C_OUT)[None, :]
+    if CONSTANTS == 1:
+        total += tl.load(constant + pixel, mask=inside, other=0.0)[:, None]
+    else:
+        total += tl.load(constant + at, mask=there, other=0.0)
+    if BIAS:
+        total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
+    total = tl.where(total > 0, total, leak * total)
+    tl.store(out + at, total, mask=there)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -298,9 +307,9 @@ def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
     colour = tl.arange(0, 16)
-    at = _pixel(image, row, column, colour, height, width)
     shown = inside[:, None] & (colour < 12)[None, :]
-    painted = tl.load(pixels + at, mask=shown, other=0.0).to(colours.dtype.element_ty)
+    pixels += _pixel(image, row, column, colour, height, width)
+    painted = tl.load(pixels, mask=shown, other=0.0).to(colours.dtype.element_ty)
     y += image * height * width * K
     out += image * height * width * C_OUT
     for start in range(0, K, CHANNELS):
@@ -313,8 +322,8 @@ def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(value * level, 0))
         value *= tl.load(style + image * K + channel)[None, :]
         value = tl.where(level > 0, value, leak * value)
-        at = output[:, None] * K + channel[None, :]
-        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
+        entry = output[:, None] * K + channel[None, :]
+        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
         total = _multiply(value, factor, total)
     at = ((row * width + column) * C_OUT)[:, None] + output[None, :]
     there = inside[:, None] & (output < C_OUT)[None, :]
@@ -347,10 +356,7 @@ def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     tile = tl.program_id(0)
     image, row, column, _ = _place(tile, height // 2, width // 2, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    upper_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    upper_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    lower_left = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    lower_right = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    total = tl.zeros([OUTPUTS, 4 * ROWS * COLUMNS], dtype=tl.float32)
     gradient += image * height * width * K
     y += image * height * width * K
     out += image * height * width * C_OUT
@@ -377,23 +383,39 @@ def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         b *= tl.where(level_b > 0, own, leak * own)
         c *= tl.where(level_c > 0, own, leak * own)
         d *= tl.where(level_d > 0, own, leak * own)
-        at = output[:, None] * K + channel[None, :]
-        factor = tl.load(weight + at, mask=output[:, None] < C_OUT, other=0.0)
-        upper_left = _multiply(a, factor, upper_left)
-        upper_right = _multiply(b, factor, upper_right)
-        lower_left = _multiply(c, factor, lower_left)
-        lower_right = _multiply(d, factor, lower_right)
-    for down in tl.static_range(2):
-        for right in tl.static_range(2):
-            if down == 0:
-                total = upper_left if right == 0 else upper_right
-            else:
-                total = lower_left if right == 0 else lower_right
-            below, beside = 2 * row + down, 2 * column + right
-            inside = (below < height) & (beside < width)
-            at = ((below * width + beside) * C_OUT)[:, None] + output[None, :]
-            there = inside[:, None] & (output < C_OUT)[None, :]
-            tl.store(out + at, tl.trans(total), mask=there)
+        entry = output[:, None] * K + channel[None, :]
+        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
+        total = _multiply(_stack(a, b, c, d), factor, total)
+    pixel, inside = _place_pixels(tile, height, width, ROWS, COLUMNS)
+    at = (pixel * C_OUT)[:, None] + output[None, :]
+    there = inside[:, None] & (output < C_OUT)[None, :]
+    tl.store(out + at, tl.trans(total), mask=there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _back_band(  # type: ignore[no-untyped-def] # pragma: no cover
+    value,
+    own,
+    x,
+    up,
+    sums,
+    row,
+    column,
+    stored,
+    height,
+    width,
+    leak,
+    BANDS: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
+    # One band's gradient: its sum with the band, then through its style and activation.
+    level = _read(x, row, column, stored, height, width, BANDS)
+    if tl.program_id(1) == 0:
+        tl.store(sums + stored, tl.sum(value * level, 0))
+    scale = tl.load(up + stored)[None, :] * own
+    if PRODUCT:
+        scale = tl.where(level > 0, scale, leak * scale)
+    return value * scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -404,7 +426,6 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     up,
     style,
     weight,
-    up_sums,
     sums,
     out,
     height,
@@ -420,7 +441,7 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 ):
     # As _back_kernel, through the inverse Haar transform that the layer reads: `x` [N, h, w, 4 C]
     # are the bands, `gradient` [N, 2 h, 2 w, C], `weight` [C_OUT, 4 C]. Without PRODUCT `out` is
-    # the bands' gradient itself.
+    # the bands' gradient itself. Sums are of the bands and their gradients before any style.
     tile = tl.program_id(0)
     image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -429,42 +450,40 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     gradient += image * (4 * height * width * C)
     x += image * (height * width * 4 * C)
     out += image * (height * width * C_OUT)
+    up += image * (4 * C)
+    sums += tile.to(tl.int64) * (4 * C)
+    band = tl.arange(0, 4 * CHANNELS) // CHANNELS
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         a, b, c, d = _convolve(gradient, taps, row, column, channel, 2 * height, 2 * width, C, True)
-        # With respect to modulated bands, before the style of the depthwise convolution.
-        top, bottom = a + b, c + d
-        top_step, bottom_step = a - b, c - d
         own = tl.load(style + image * C + channel)[None, :]
-        shared = tl.zeros([ROWS * COLUMNS, CHANNELS], dtype=tl.float32)
-        for band in tl.static_range(4):
-            if band == 0:
-                value = top + bottom
-            elif band == 1:
-                value = top - bottom
-            elif band == 2:
-                value = top_step + bottom_step
-            else:
-                value = top_step - bottom_step
-            stored = band * C + channel
-            level = _read(x, row, column, stored, height, width, 4 * C)
-            scale = tl.load(up + image * (4 * C) + stored)[None, :]
-            shared += value * level * scale
-            value *= own
-            if tl.program_id(1) == 0:
-                up_sum = up_sums + tile.to(tl.int64) * (4 * C) + stored
-                tl.store(up_sum, tl.sum(value * level, 0))
-            value *= scale
-            if PRODUCT:
-                value = tl.where(level > 0, value, leak * value)
-                entry = weight + output[:, None] * (4 * C) + stored[None, :]
-                factor = tl.load(entry, mask=output[:, None] < C_OUT, other=0.0)
-                total = _multiply(value, factor, total)
-            else:
-                band_at = (place * (4 * C))[:, None] + stored[None, :]
-                tl.store(out + band_at, value, mask=inside[:, None])
-        if tl.program_id(1) == 0:
-            tl.store(sums + tile.to(tl.int64) * C + channel, tl.sum(shared, 0))
+        # With respect to the bands: low, between rows, between columns, between both.
+        low = _back_band(
+            (a + b) + (c + d),
+            own, x, up, sums, row, column, channel, height, width, leak, 4 * C, PRODUCT,
+        )  # fmt: skip
+        rows = _back_band(
+            (a + b) - (c + d),
+            own, x, up, sums, row, column, C + channel, height, width, leak, 4 * C, PRODUCT,
+        )  # fmt: skip
+        columns = _back_band(
+            (a - b) + (c - d),
+            own, x, up, sums, row, column, 2 * C + channel, height, width, leak, 4 * C, PRODUCT,
+        )  # fmt: skip
+        both = _back_band(
+            (a - b) - (c - d),
+            own, x, up, sums, row, column, 3 * C + channel, height, width, leak, 4 * C, PRODUCT,
+        )  # fmt: skip
+        bands = tl.permute(tl.join(tl.join(low, rows), tl.join(columns, both)), (0, 3, 2, 1))
+        value = tl.reshape(bands, (ROWS * COLUMNS, 4 * CHANNELS))
+        stored = band * C + start + tl.arange(0, 4 * CHANNELS) % CHANNELS
+        if PRODUCT:
+            entry = output[:, None] * (4 * C) + stored[None, :]
+            factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
+            total = _multiply(value, factor, total)
+        else:
+            at = (place * (4 * C))[:, None] + stored[None, :]
+            tl.store(out + at, value, mask=inside[:, None])
     if PRODUCT:
         at = (place * C_OUT)[:, None] + output[None, :]
         there = inside[:, None] & (output < C_OUT)[None, :]
@@ -657,8 +676,7 @@ def _back_merge(
     outputs = bands if weight is None else len(weight)
     wide = 64 if weight is None else _wide(outputs)
     tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height, width)
-    up_sums = torch.empty(tiles, bands, device=x.device)
-    sums = torch.empty(tiles, channels, device=x.device)
+    sums = torch.empty(tiles, bands, device=x.device)
     out = x.new_empty(n, height, width, outputs)
     _back_merge_kernel[(tiles, 1 if weight is None else triton.cdiv(outputs, wide))](
         gradient,
@@ -667,7 +685,6 @@ def _back_merge(
         up,
         style,
         weight,
-        up_sums,
         sums,
         out,
         height,
@@ -683,7 +700,9 @@ def _back_merge(
         num_warps=GROUP_WARPS,
         num_stages=STAGES,
     )
-    return out, _add_up(up_sums, n), _add_up(sums, n)
+    found = _add_up(sums, n).view(n, 4, channels)
+    of_up = (found * style[:, None]).flatten(1)
+    return out, of_up, (found * up.view(n, 4, channels)).sum(1)
 
 
 def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover

@@ -99,19 +99,17 @@ class IdentityDistance:
         height, width_px = look.shape[2] // factor, look.shape[3] // factor
         grid = view_grid(views / factor, (height, width_px), SIDE * points)
 
+        @context.acceleration.fuse
+        def crop(images: Tensor) -> Tensor:
+            return F.avg_pool2d(sample(F.avg_pool2d(images, factor), grid), points)
+
         def recognise(images: Tensor) -> Tensor:
-            images = F.avg_pool2d(images, factor)
-            crops = F.avg_pool2d(sample(images, grid), points)
-            return F.normalize(network(crops), dim=1)
+            return F.normalize(network(crop(images)), dim=1)
 
         with torch.no_grad():
             target = recognise(look)
 
-        def measure(images: Tensor) -> Tensor:
-            return 1 - (recognise(images) * target).sum(1)
-
-        fused = context.acceleration.fuse(measure)
-        return lambda candidate: fused(candidate.images)
+        return lambda candidate: 1 - (recognise(candidate.images) * target).sum(1)
 
     def _load(self) -> IdentityNetwork:
         # Not when constructed: a term of weight 0 is built too, and must not fetch weights.

@@ -7,7 +7,7 @@ first stride is 1 here, and whose activations are PReLUs. Weights: OpenCV Zoo (A
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +80,18 @@ class IdentityNetwork(nn.Module):
         self.linear.load_state_dict({"weight": weight, "bias": tensors["linear.bias"]})
 
         self._lowered: LoweredIdentity | None = None
+        self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Compute in half precision from here on; answers stay float32, there is no way back."""
         self._lowered = LoweredIdentity(self, dtype)
+
+    def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
+        """Compile what has no kernels of its own."""
+        if self._lowered is None:
+            self.forward = fuse(self.forward)  # type: ignore[method-assign]
+        elif not self.scale.is_cuda:
+            self._compiled = fuse(self._lowered.forward)
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, 112, 112], RGB in [-1, 1], aligned -> [N, 128], of any length.
@@ -91,7 +99,8 @@ class IdentityNetwork(nn.Module):
         People are compared by the cosine. Each image is treated alone.
         """
         if self._lowered is not None:
-            lowered: Tensor = self._lowered(images * _INPUT_SCALE)
+            crops = images * _INPUT_SCALE
+            lowered: Tensor = (self._compiled or self._lowered)(crops)
             return lowered
         x = self.trunk(images * _INPUT_SCALE)
         x = x * self.scale[:, None, None] + self.shift[:, None, None]
@@ -127,16 +136,31 @@ class LoweredLayer(nn.Module):
             self.register_buffer("weight", conv.weight.detach()[:, :, 0, 0].to(dtype))
             self.dense = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, h, w, I] -> [N, h', w', O]."""
+    def convolve(self, x: Tensor) -> Tensor:
+        """x: [N, h, w, I] -> [N, h', w', O], before the bias."""
         if self.dense is not None:
-            y = self.dense(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        elif self.grouped:
-            y = depthwise(x, self.weight, self.stride)
-        else:
-            y = F.linear(x, self.weight)
-        shifted = y + self.bias
-        return torch.where(shifted >= 0, shifted, self.slope * shifted).to(y.dtype)
+            y: Tensor = self.dense(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return y
+        return depthwise(x, self.weight, self.stride) if self.grouped else F.linear(x, self.weight)
+
+    def activate(self, x: Tensor) -> Tensor:
+        """What follows the convolution: bias and PReLU."""
+        shifted = x + self.bias
+        return torch.where(shifted >= 0, shifted, self.slope * shifted).to(x.dtype)
+
+
+def separable(
+    x: Tensor, before: LoweredLayer, grouped: LoweredLayer, dense: LoweredLayer
+) -> Tensor:
+    """A depthwise and a 1×1 convolution, from before one activation to before another.
+
+    Args:
+        x: [N, h, w, C], what `before` convolved.
+
+    Returns:
+        [N, h', w', O], what `dense` convolved.
+    """
+    return dense.convolve(grouped.activate(grouped.convolve(before.activate(x))))
 
 
 class LoweredIdentity(nn.Module):
@@ -171,5 +195,16 @@ class LoweredIdentity(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, 112, 112], scaled -> [N, 128], float32."""
-        x = self.trunk(images.permute(0, 2, 3, 1).to(self.dtype))
+        first, *others = self.trunk
+        x = first.convolve(images.permute(0, 2, 3, 1).to(self.dtype))  # type: ignore[operator]
+        pair = separable
+        if x.is_cuda:
+            from lmexp.losses import identity_triton
+
+            pair = identity_triton.separable
+        for before, grouped, dense in zip(
+            [first, *others[1::2]], others[::2], others[1::2], strict=False
+        ):
+            x = pair(x, before, grouped, dense)  # type: ignore[arg-type]
+        x = others[-1].activate(x)  # type: ignore[operator]
         return F.linear(x.flatten(1), self.weight).float() + self.bias
