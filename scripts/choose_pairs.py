@@ -1,4 +1,4 @@
-"""Pairs of annotated faces for compare_recipes.py, drawn by a seed and by their mouths alone.
+"""Pairs of annotated faces for compare_recipes.py, drawn by a seed and by their landmarks alone.
 
     python scripts/choose_pairs.py --looks HELEN/trainset --seed 1 --out dev.yaml
     python scripts/choose_pairs.py --looks HELEN/testset --expressions HELEN/trainset \\
@@ -6,9 +6,10 @@
 
 Folders hold pictures with 300-W's `.pts` beside them. One half of the pairs asks a closed mouth to
 open, a quarter an open one to close, the rest a closed mouth for another closed one (a smile for
-none, mostly). No picture is drawn twice, and nothing else is looked at: not pose, not light, not
-age, and above all no result. So the same data and seed give the same pairs anywhere, and those that
-a recipe was chosen on can be kept apart from those that it is judged on.
+none, mostly); heads are turned alike (`--turn 1`: however they are). No picture is drawn twice, and
+nothing but annotations is looked at: not light, not age, and above all no result. So the same data
+and seed give the same pairs anywhere, and those that a recipe was chosen on can be kept apart from
+those that it is judged on.
 """
 
 from __future__ import annotations
@@ -21,21 +22,32 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from lmexp.errors import LmexpError
+from lmexp.landmarks.groups import GROUPS
 from lmexp.landmarks.pts import read_pts
 from lmexp.metrics.aspect_ratios import mouth_aspect_ratio
 
 PICTURES = (".jpg", ".jpeg", ".png")
+NOSE_TIP = 30
 CLOSED, OPEN = 0.05, 0.25
 """Aspect ratios of the inner lips: at most, and at least."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """An annotated picture; `mouth` is the aspect ratio of its inner lips."""
+    """An annotated picture.
+
+    Attributes:
+        mouth: aspect ratio of the inner lips.
+        turn: where the tip of the nose is between the ends of the jaw, along the line through the
+            eyes: 0.5 from the front.
+    """
 
     picture: Path
     mouth: float
+    turn: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         taken = {word for path in args.without for pair in read_pairs(path) for word in pair}
         looks = read_faces(args.looks, taken)
         expressions = read_faces(args.expressions or args.looks, taken)
-        pairs = draw_pairs(looks, expressions, args.count, args.seed)
+        pairs = draw_pairs(looks, expressions, args.count, args.seed, args.turn)
     except LmexpError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -62,6 +74,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--without", type=Path, nargs="+", default=[], metavar="YAML")
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--turn", type=float, default=0.15, help="difference at most; 0.5 is front against profile"
+    )
     parser.add_argument("--out", type=Path, required=True, help="for --pairs")
     return parser.parse_args(arguments)
 
@@ -94,12 +109,20 @@ def read_faces(folders: Sequence[Path], taken: Collection[str]) -> list[Face]:
         for picture in annotated:
             if str(picture) not in taken:
                 landmarks = read_pts(picture.with_suffix(".pts"))
-                faces.append(Face(picture, float(mouth_aspect_ratio(landmarks[None]))))
+                mouth = float(mouth_aspect_ratio(landmarks[None]))
+                faces.append(Face(picture, mouth, measure_turn(landmarks)))
     return faces
 
 
+def measure_turn(landmarks: Tensor) -> float:
+    """`Face.turn` of landmarks [68, 2], px."""
+    left, right = landmarks[GROUPS["left_eye"]].mean(0), landmarks[GROUPS["right_eye"]].mean(0)
+    along = landmarks @ (right - left)
+    return float((along[NOSE_TIP] - along[0]) / (along[16] - along[0]))
+
+
 def draw_pairs(
-    looks: Sequence[Face], expressions: Sequence[Face], count: int, seed: int
+    looks: Sequence[Face], expressions: Sequence[Face], count: int, seed: int, turn: float
 ) -> list[tuple[Face, Face]]:
     """(look, expression), no picture twice.
 
@@ -111,25 +134,26 @@ def draw_pairs(
     pairs: list[tuple[Face, Face]] = []
     used: set[Path] = set()
 
-    def take(faces: Sequence[Face], is_open: bool) -> Face:
+    def take(faces: Sequence[Face], is_open: bool, like: Face | None = None) -> Face:
         fitting = [
             face
             for face in faces
             if face.picture not in used
             and (face.mouth >= OPEN if is_open else face.mouth <= CLOSED)
+            and (like is None or abs(face.turn - like.turn) <= turn)
         ]
         if not fitting:
             kind = "an open" if is_open else "a closed"
             raise LmexpError(
                 f"--count {count}: no face with {kind} mouth is left for pair {len(pairs) + 1}; "
-                "ask for fewer, or name more folders"
+                "ask for fewer, allow a larger --turn, or name more folders"
             )
         used.add((face := draw.choice(fitting)).picture)
         return face
 
     for k in range(count):
-        look_open, expression_open = opening <= k < opening + closing, k < opening
-        pairs.append((take(looks, look_open), take(expressions, expression_open)))
+        look = take(looks, opening <= k < opening + closing)
+        pairs.append((look, take(expressions, k < opening, look)))
     return pairs
 
 

@@ -473,7 +473,8 @@ def _mean(values: Iterable[float]) -> float | None:
 
 def write_sheets(jobs: Sequence[Job], out: Path, side: int, rows: int = 12) -> list[Path]:
     """sheet.png, or sheet_1.png, … of more than `rows` pairs: each picture under its recipe."""
-    recipes = list(dict.fromkeys(job.recipe for job in jobs))
+    # A recipe whose turn never came has no column.
+    recipes = list(dict.fromkeys(job.recipe for job in jobs if not job.unfinished))
     pairs = list(dict.fromkeys(job.pair for job in jobs))
     found = {(job.pair, job.recipe): job for job in jobs}
     heads = [*PICTURES.values(), *recipes]
