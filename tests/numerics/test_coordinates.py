@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmexp.landmarks.groups import OUTER_EYE_CORNERS
+from lmexp.landmarks.groups import GROUPS, OUTER_EYE_CORNERS, expand
 from lmexp.losses.coordinates import LandmarkCoordinates, expect
 from lmexp.losses.protocol import Candidate, Context, Targets
 
@@ -72,6 +72,30 @@ def test_the_term_is_the_weighted_mean_distance_in_eye_distances() -> None:
     term = bind(expression, weights)
     got = term(Candidate(images_of(now), torch.zeros(2, 1, 1), (), 0, Painted()))
     assert got.tolist() == pytest.approx([0.1 / 0.4 / 68, 0.75 * 0.2 / 0.4], abs=1e-3)
+
+
+def test_factors_are_as_weights_multiplied_by_hand() -> None:
+    draw = torch.Generator().manual_seed(0)
+    now, wanted = torch.rand(2, 2, 68, 2, generator=draw, dtype=torch.float64) * 0.5 + 0.25
+    weights = torch.rand(2, 68, generator=draw, dtype=torch.float64)
+    factors = expand(dict.fromkeys(GROUPS, 1.0) | {"jaw": 20.0, "inner_lip": 0.0}).double()
+    by_hand = weights.clone()
+    by_hand[:, :17] *= 20
+    by_hand[:, 60:] = 0
+
+    def evaluate(weights: Tensor, factors: Tensor | None) -> Tensor:
+        ws, term = torch.zeros(2, 1, 1), bind(wanted, weights)
+        value: Tensor = term(
+            Candidate(images_of(now), ws, (), 0, Painted(), landmark_factors=factors)
+        )
+        return value
+
+    got, plain = evaluate(weights, factors), evaluate(weights, None)
+    torch.testing.assert_close(got, evaluate(by_hand, None), rtol=1e-12, atol=0)
+    assert (got - plain).abs().min() > 1e-3
+    assert torch.equal(evaluate(weights, torch.ones(68, dtype=torch.float64)), plain)
+    # A mean: what weighs nothing at all is no division by 0.
+    assert evaluate(weights, torch.zeros(68, dtype=torch.float64)).tolist() == [0, 0]
 
 
 def test_it_pulls_from_afar_where_heat_maps_do_not() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.groups import GROUPS, expand
 from lmexp.losses.landmarks import LandmarkHeatmaps, heatmap_distance, stretch
 from lmexp.losses.protocol import Candidate, Context, Targets
 
@@ -94,13 +95,19 @@ class Squares(torch.nn.Module):
         return grey * torch.arange(68.0)[:, None, None]
 
 
-def evaluate(term: LandmarkHeatmaps, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def evaluate(
+    term: LandmarkHeatmaps,
+    images: torch.Tensor,
+    weights: torch.Tensor,
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor:
     expression = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(len(images), 3, 4, 4)
     points = torch.zeros(len(images), 68, 2)
     targets = Targets(expression, points, expression, points, weights)
     network = Squares()
     bound = term.bind(Context(UNUSED, network, UNUSED), targets)
-    return bound(Candidate(images, torch.zeros(len(images), 1, 1), (), 0, network))
+    ws = torch.zeros(len(images), 1, 1)
+    return bound(Candidate(images, ws, (), 0, network, (0, 1), landmark_factors=factors))
 
 
 def test_stretched_term_does_not_see_brightness_and_contrast() -> None:
@@ -124,6 +131,46 @@ def test_tip_of_the_nose_weighs_as_its_group() -> None:
         assert evaluate(term, images, weights).item() == pytest.approx(expected.item(), rel=1e-5)
     # The caller's weights are left as they were.
     assert weights[0, 30] == 0
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        LandmarkHeatmaps(jitter=0.0),
+        LandmarkHeatmaps(jitter=1.0),
+        LandmarkHeatmaps(jitter=0.0, norm="l1"),
+        LandmarkHeatmaps(jitter=0.0, squared_group_weights=True, tip_in_lower_nose=True),
+        LandmarkHeatmaps(jitter=0.0, stretch_contrast=True),
+    ],
+    ids=["l2", "views", "l1", "published", "stretched"],
+)
+def test_factors_are_as_weights_multiplied_by_hand(term: LandmarkHeatmaps) -> None:
+    draw = torch.Generator().manual_seed(3)
+    images = torch.rand(2, 3, 4, 4, generator=draw) * 2 - 1
+    weights = torch.rand(2, 68, generator=draw)
+    factors = expand(dict.fromkeys(GROUPS, 1.0) | {"jaw": 20.0, "lower_nose": 3.0, "left_eye": 0.0})
+    by_hand = weights.clone()
+    by_hand[:, :17] *= 20
+    by_hand[:, 31:36] *= 3
+    by_hand[:, 36:42] = 0
+    got = evaluate(term, images, weights, factors)
+    torch.testing.assert_close(got, evaluate(term, images, by_hand))
+    plain = evaluate(term, images, weights)
+    assert (got - plain).abs().min() > 0.01 * plain.max()
+    assert torch.equal(evaluate(term, images, weights, torch.ones(68)), plain)
+
+
+def test_the_tip_of_the_nose_has_the_factor_of_its_group() -> None:
+    images, weights = torch.zeros(1, 3, 4, 4), torch.zeros(1, 68)
+    weights[:, 31:36] = 1.0
+    factors = expand(dict.fromkeys(GROUPS, 1.0) | {"lower_nose": 2.0, "nose_bridge": 50.0})
+    term = LandmarkHeatmaps(tip_in_lower_nose=True, squared_group_weights=True, jitter=0.0)
+    # Squared weights square their factors, too: √(Σ (2 k)² Σ_px grey²).
+    grey = (torch.linspace(-1, 1, 16) ** 4).sum()
+    expected = 2 * (sum(k**2 for k in range(30, 36)) * grey) ** 0.5
+    got = evaluate(term, images, weights, factors).item()
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+    assert factors[30] == 50  # the caller's are left as they were
 
 
 def test_jitter_moves_both_faces_alike() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -132,6 +133,31 @@ def test_fused_terms_have_the_same_values_and_slopes(
     count = len(compiled)
     value_and_gradients(TERMS[name](), fast)
     assert len(compiled) == count
+
+
+@pytest.mark.parametrize(
+    "term",
+    [LandmarkHeatmaps(), LandmarkHeatmaps(tip_in_lower_nose=True), LandmarkCoordinates()],
+    ids=["landmarks", "landmarks, tip", "coordinates"],
+)
+def test_fused_terms_read_the_landmark_factors_of_each_step(
+    term: Term, compiled: list[torch.fx.GraphModule]
+) -> None:
+    """As a CUDA graph does: from the same tensor, whose values change from step to step."""
+    plain = Context(cast(Any, None), Network(), cast(Any, None))
+    fast = replace(plain, acceleration=Acceleration(compile=True))
+    factors = torch.ones(68)
+    candidate = replace(draw_candidate(Network()), landmark_factors=factors)
+    values = []
+    with torch.no_grad():
+        fused, wanted = (term.bind(context, draw_targets()) for context in (fast, plain))
+        for jaw in (20.0, 3.0, 1.0):
+            factors[:17] = jaw
+            values.append(fused(candidate))
+            torch.testing.assert_close(values[-1], wanted(candidate))
+    assert len(compiled) == 1
+    for one, other in pairwise(values):
+        assert not torch.isclose(one, other, rtol=1e-5).any()
 
 
 def test_half_precision_targets_are_compared_with_half_precision_features(

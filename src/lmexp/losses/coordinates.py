@@ -39,7 +39,8 @@ def expect(heatmaps: Tensor) -> Tensor:
 class LandmarkCoordinates:
     """Mean distance of expected landmarks, in distances of the look's outer eye corners.
 
-    Σ_k λ_k ‖p_k(x) - p_k(expression)‖ / Σ_k λ_k, with λ the landmarks' group weights.
+    Σ_k λ_k ‖p_k(x) - p_k(expression)‖ / Σ_k λ_k, with λ the landmarks' group weights
+    times the step's `landmark_factors`.
 
     Args:
         weight: ≥ 0, λ of the term.
@@ -60,12 +61,13 @@ class LandmarkCoordinates:
         assert targets.expression is not None and targets.landmark_weights is not None
         expression = targets.expression
         weights = targets.landmark_weights.to(expression)
-        share = weights / weights.sum(1, keepdim=True).clamp_min(1e-12)
+        settled = _share(weights)
         left, right = OUTER_EYE_CORNERS
         corners = targets.look_landmarks[:, [left, right]].to(expression)
         unit = (corners[:, 0] - corners[:, 1]).norm(dim=1, keepdim=True) / expression.shape[-1]
 
-        def measure(heatmaps: Tensor, wanted: Tensor) -> Tensor:
+        def measure(heatmaps: Tensor, wanted: Tensor, factors: Tensor | None) -> Tensor:
+            share = settled if factors is None else _share(weights * factors)
             difference = expect(heatmaps) - expect(wanted)
             # The floor keeps the root's gradient finite at distance 0: 1e-4 sides is no distance.
             distance = (difference.square().sum(2) + 1e-8).sqrt() / unit
@@ -74,7 +76,14 @@ class LandmarkCoordinates:
 
         fused = context.acceleration.fuse(measure)
         if self.jitter:
-            return lambda candidate: fused(*candidate.see(expression, self.jitter))
+            return lambda candidate: fused(
+                *candidate.see(expression, self.jitter), candidate.landmark_factors
+            )
         with torch.no_grad():
             target = context.heatmap_network(expression)
-        return lambda candidate: fused(candidate.heatmaps, target)
+        return lambda candidate: fused(candidate.heatmaps, target, candidate.landmark_factors)
+
+
+def _share(weights: Tensor) -> Tensor:
+    """[N, 68], each row divided by its sum; zeros stay zeros."""
+    return weights / weights.sum(1, keepdim=True).clamp_min(1e-12)

@@ -59,7 +59,7 @@ def stretch(images: Tensor) -> Tensor:
 
 
 class LandmarkHeatmaps:
-    """HL(x, expression), with one weight λ_landmark per landmark group.
+    """HL(x, expression), with one weight λ_landmark per landmark group, times the step's factor.
 
     Args:
         weight: ≥ 0, λ of the term.
@@ -105,24 +105,38 @@ class LandmarkHeatmaps:
         assert targets.expression is not None and targets.landmark_weights is not None
         network, expression = context.heatmap_network, targets.expression
         weights = targets.landmark_weights.to(expression.device)
-        if self.tip_in_lower_nose:
-            weights = weights.clone()
-            weights[:, _NOSE_TIP] = weights[:, GROUPS["lower_nose"][0]]
-
+        lowered = self.tip_in_lower_nose
+        if lowered:
+            weights = _lower_tip(weights)
         norm, squared = self.norm, self.squared_group_weights
+
+        def measure(maps: Tensor, target: Tensor, factors: Tensor | None) -> Tensor:
+            scaled = weights
+            if factors is not None:
+                scaled = weights * (_lower_tip(factors) if lowered else factors)
+            return heatmap_distance(maps, target, scaled, norm, squared)
+
         fuse = context.acceleration.fuse
-        distance = fuse(lambda maps, target: heatmap_distance(maps, target, weights, norm, squared))
+        distance = fuse(measure)
         prepare = fuse(stretch) if self.stretch_contrast else None
 
         if self.jitter:
-            return lambda candidate: distance(*candidate.see(expression, self.jitter))
+            return lambda candidate: distance(
+                *candidate.see(expression, self.jitter), candidate.landmark_factors
+            )
 
         with torch.no_grad():
             target = network(prepare(expression) if prepare else expression)
 
         def evaluate(candidate: Candidate) -> Tensor:
-            if prepare:
-                return distance(network(prepare(candidate.images)), target)
-            return distance(candidate.heatmaps, target)
+            heatmaps = network(prepare(candidate.images)) if prepare else candidate.heatmaps
+            return distance(heatmaps, target, candidate.landmark_factors)
 
         return evaluate
+
+
+def _lower_tip(values: Tensor) -> Tensor:
+    """[..., 68] -> the same, but the tip of the nose has what `lower_nose` has."""
+    values = values.clone()
+    values[..., _NOSE_TIP] = values[..., GROUPS["lower_nose"][0]]
+    return values

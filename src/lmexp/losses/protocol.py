@@ -50,8 +50,8 @@ class Targets:
         look_landmarks: [N, 68, 2], x then y, px of the aligned image.
         expression: as `look`; None while the look alone is inverted.
         expression_landmarks: as `look_landmarks`; None with `expression`.
-        landmark_weights: [N, 68], λ_landmark spread over the points of its groups;
-            None with `expression`.
+        landmark_weights: [N, 68], λ_landmark spread over the points of its groups, to be multiplied
+            by a candidate's `landmark_factors`; None with `expression`.
     """
 
     look: Tensor
@@ -74,6 +74,7 @@ class Candidate:
             for all steps: what is to change with them comes from `draws`.
         seeds: one per job; random views derive from them.
         draws: the step's random numbers; None makes them from `seeds` and `step`.
+        landmark_factors: [68], the step's factors of `Targets.landmark_weights`; None: all are 1.
     """
 
     images: Tensor
@@ -83,6 +84,7 @@ class Candidate:
     heatmap_network: HeatmapNetwork = field(repr=False)
     seeds: tuple[int, ...] = ()
     draws: Draws | None = field(default=None, repr=False)
+    landmark_factors: Tensor | None = field(default=None, repr=False)
     _seen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
