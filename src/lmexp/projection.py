@@ -22,6 +22,7 @@ from torch import Tensor
 from lmexp import adam
 from lmexp.draws import Draws
 from lmexp.errors import LmexpError
+from lmexp.landmarks import groups
 from lmexp.latents import Latents, draw_normal, expand
 from lmexp.losses.objective import Losses, Objective
 from lmexp.losses.protocol import Candidate, Context
@@ -184,6 +185,9 @@ class _Batch:
         self.draws = Draws(seeds, ws.device)
         self.counts = [0] * len(seeds)
         self._numbers = ws.new_zeros(len(_Numbers._fields), len(seeds))
+        self._landmark_factors = (
+            ws.new_ones(groups.NUM_LANDMARKS) if schedule.group_factors else None
+        )
         self._report = ws.new_zeros(2, len(seeds))
 
     def restore(self, states: Sequence[State]) -> None:
@@ -218,10 +222,13 @@ class _Batch:
             rate = schedule.learning_rate_at(position) if moving[k] else 0.0
             size, root = adam.step_sizes(rate, self.counts[k] + 1, schedule.beta1, schedule.beta2)
             noise = schedule.noise_at(position) * w_std
-            # A job's jump to the ramp-down comes after this ramp, so the factor is that of all.
+            # A job's jump to the ramp-down comes after this ramp, so its factors are those of all.
             factor = schedule.landmark_factor_at(step)
             rows.append(_Numbers(noise, size, root, float(moving[k]), factor))
         self._numbers.copy_(torch.tensor(rows, dtype=torch.float64).T)
+        if self._landmark_factors is not None:
+            factors = dict.fromkeys(groups.GROUPS, 1.0) | schedule.group_factors_at(step)
+            self._landmark_factors.copy_(groups.expand(factors))
         self.draws.move_to(step)
 
     def take(self, step: int) -> tuple[Losses, Candidate]:
@@ -244,6 +251,7 @@ class _Batch:
             heatmap_network=context.heatmap_network,
             seeds=self.draws.seeds,
             draws=self.draws,
+            landmark_factors=self._landmark_factors,
         )
         staged = self._schedule.landmark_factor != 1
         losses = self._objective(candidate, numbers.landmark_factor if staged else 1.0)

@@ -7,8 +7,9 @@ The shapes and default lengths are those of the projector published with StyleGA
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Schedule:
             than stop where a high learning rate has shaken it to.
         least_gain: fraction by which it has to.
         landmark_factor: factor of the expression terms' weights at the first step.
-        landmark_ramp: fraction of the steps in which it goes linearly to 1.
+        landmark_ramp: fraction of the steps in which it goes linearly to 1, as `group_factors` do.
+        group_factors: landmark groups and the factors ≥ 0 of their weights at the first step; a
+            group that is not named has factor 1.
     """
 
     steps: int
@@ -43,6 +46,13 @@ class Schedule:
     least_gain: float = 0.01
     landmark_factor: float = 1.0
     landmark_ramp: float = 0.0
+    group_factors: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def read(cls, keys: Mapping[str, Any]) -> Schedule:
+        """From a config's keys, which have `group_factors` as a mapping, as None or not at all."""
+        factors = keys.get("group_factors") or {}
+        return cls(**{**keys, "group_factors": tuple(sorted(factors.items()))})
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of `step` in [0, steps)."""
@@ -59,10 +69,17 @@ class Schedule:
 
     def landmark_factor_at(self, step: int) -> float:
         """Factor of the weights of the terms that need the expression, at `step`."""
+        return self.landmark_factor + (1 - self.landmark_factor) * self._landmark_ramp_at(step)
+
+    def group_factors_at(self, step: int) -> dict[str, float]:
+        """Factors of the landmark groups' weights, at `step`; 1 for groups that are not named."""
+        done = self._landmark_ramp_at(step)
+        return {name: first * (1 - done) + done for name, first in self.group_factors}
+
+    def _landmark_ramp_at(self, step: int) -> float:
+        """How far `landmark_ramp` is, from 0 to 1."""
         t = step / self.steps
-        return self.landmark_factor + (1 - self.landmark_factor) * (
-            min(1.0, t / self.landmark_ramp) if self.landmark_ramp > 0 else 1.0
-        )
+        return min(1.0, t / self.landmark_ramp) if self.landmark_ramp > 0 else 1.0
 
     @property
     def settled_at(self) -> int:

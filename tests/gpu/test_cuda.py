@@ -22,6 +22,8 @@ from lmexp.acceleration import Acceleration
 from lmexp.generators.stylegan2 import StyleGAN2Random
 from lmexp.generators.tiny_random import TinyRandom
 from lmexp.latents import Latents, measure, start_at_mean
+from lmexp.losses.coordinates import LandmarkCoordinates
+from lmexp.losses.landmarks import LandmarkHeatmaps
 from lmexp.losses.noise import NoiseRegularization
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
@@ -124,6 +126,55 @@ def project_tiny(
         resume=resume,
         callback=callback,
     )
+
+
+class Maps(torch.nn.Module):
+    """68 heat maps, each a mix of the image's colours."""
+
+    weights_sha256 = "none"
+
+    def __init__(self) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        self.register_buffer("mix", torch.randn(68, 3, 1, 1, generator=draw))
+
+    def forward(self, images: Tensor) -> Tensor:
+        mix: Any = self.mix
+        return torch.sigmoid(torch.nn.functional.conv2d(images, mix))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_reads_the_landmark_factors_of_each_step(compiled: bool) -> None:
+    device = torch.device("cuda")
+    generator: Any = TinyRandom(resolution=32, dim=16, channels=8).to(device)
+    statistics = measure(generator, 200, 0, device)
+    draw = torch.Generator().manual_seed(0)
+    look, expression = (torch.rand(2, 3, 3, 32, 32, generator=draw) * 2 - 1).to(device)
+    points = torch.rand(3, 68, 2, generator=draw).to(device) * 32
+    weights = torch.rand(3, 68, generator=draw).to(device)
+    targets = Targets(look, points, expression, points, weights)
+    terms: Any = {"landmarks": LandmarkHeatmaps(), "coordinates": LandmarkCoordinates()}
+    start = start_at_mean(generator, statistics, space="w_plus", seeds=(3, 5, 8), device=device)
+    raw: dict[bool, list[Tensor]] = {False: [], True: []}
+    for fast in (False, True):
+        how = Acceleration(graphs=fast, compile=fast and compiled)
+        context = Context(generator, Maps().to(device), statistics).accelerated(how)
+
+        def note(step: Step, fast: bool = fast) -> None:
+            raw[fast].append(torch.stack(list(step.losses.raw.values())).detach().clone())
+
+        project(
+            context,
+            Objective.bind(terms, [{"landmarks": 0.1, "coordinates": 4.0}] * 3, context, targets),
+            start,
+            # So slow that what moves is the factors.
+            Schedule(12, 1e-5, landmark_ramp=1.0, group_factors=(("inner_lip", 0), ("jaw", 20.0))),
+            seeds=(3, 5, 8),
+            callback=note,
+        )
+    assert (raw[False][4][0] - raw[False][11][0]).min() > 0.1
+    for one, other in zip(raw[True], raw[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)
 
 
 def test_replaying_a_graph_is_taking_the_steps() -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
+import tiny_projection
 import torch
 from tiny_projection import SCHEDULE, TERMS, WEIGHTS, Colours, make_context, make_targets, run
 from torch import Tensor
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.groups import GROUPS
 from lmexp.latents import Latents
-from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
+from lmexp.losses.coordinates import LandmarkCoordinates
+from lmexp.losses.landmarks import LandmarkHeatmaps
+from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets, Term
 from lmexp.projection import State, Step
 from lmexp.schedule import Schedule
 
@@ -335,3 +340,97 @@ def test_the_landmark_ramp_weighs_the_terms_of_the_expression_alone(
         for name in ("colours", "noise", "prior"):
             weights = torch.tensor([job[name] for job in WEIGHTS]).double()
             torch.testing.assert_close(weighted[name], raw[name] * weights)
+
+
+POSE_FIRST = replace(SCHEDULE, landmark_ramp=0.5, group_factors=(("inner_lip", 0.0), ("jaw", 21.0)))
+RAMP = [0, 0.25, 0.5, 0.75, 1, 1, 1, 1]
+"""Of `POSE_FIRST`, at each step."""
+BOTH = {**TERMS, "coordinates": LandmarkCoordinates()}
+"""All the terms that read the landmarks' weights; the others' are those of `WEIGHTS`."""
+
+
+@pytest.fixture
+def both_weighed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        tiny_projection, "WEIGHTS", tuple({**job, "coordinates": 2.0} for job in WEIGHTS)
+    )
+
+
+class ByHand:
+    """A term bound once for each step, to landmark weights that are multiplied beforehand."""
+
+    needs_expression: ClassVar[bool] = True
+    weight = 1.0
+
+    def __init__(self, term: Term) -> None:
+        self.term = term
+
+    def bind(self, context: Context, targets: Targets) -> BoundTerm:
+        assert targets.landmark_weights is not None
+        bound = []
+        for done in RAMP:
+            weights = targets.landmark_weights.clone()
+            weights[:, GROUPS["jaw"].start : GROUPS["jaw"].stop] *= 21 - 20 * done
+            weights[:, GROUPS["inner_lip"].start : GROUPS["inner_lip"].stop] *= done
+            bound.append(self.term.bind(context, replace(targets, landmark_weights=weights)))
+        return lambda candidate: bound[candidate.step](candidate)
+
+
+@pytest.mark.usefixtures("both_weighed")
+def test_group_factors_are_as_landmark_weights_multiplied_by_hand(
+    context: Context, targets: Targets
+) -> None:
+    staged: list[Step] = []
+    by_hand: list[Step] = []
+    terms = {
+        **BOTH,
+        "landmarks": ByHand(LandmarkHeatmaps()),
+        "coordinates": ByHand(LandmarkCoordinates()),
+    }
+    got = run(context, targets, terms=BOTH, schedule=POSE_FIRST, callback=staged.append)
+    wanted = run(
+        context,
+        targets,
+        terms=terms,
+        schedule=replace(POSE_FIRST, group_factors=()),
+        callback=by_hand.append,
+    )
+    for one, other in zip(staged, by_hand, strict=True):
+        for name, value in other.losses.raw.items():
+            torch.testing.assert_close(one.losses.raw[name], value, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(got.ws, wanted.ws, rtol=1e-7, atol=1e-8)
+    plain = run(context, targets, terms=BOTH)
+    assert (got.ws - plain.ws).abs().amax((1, 2)).min() > 1e-3
+
+
+@pytest.mark.usefixtures("both_weighed")
+def test_with_group_factors_jobs_are_strangers_and_stops_leave_no_trace(
+    context: Context, targets: Targets
+) -> None:
+    saved: list[State] = []
+
+    def save(step: Step) -> None:
+        if step.step + 1 == 2:  # within the ramp
+            saved.extend(step.states(k) for k in range(3))
+
+    whole = run(context, targets, terms=BOTH, schedule=POSE_FIRST, callback=save)
+    alone = run(context, targets, [2], terms=BOTH, schedule=POSE_FIRST)
+    torch.testing.assert_close(alone.ws[0], whole.ws[2], rtol=1e-9, atol=1e-10)
+    resumed = run(context, targets, terms=BOTH, schedule=POSE_FIRST, first_step=2, resume=saved)
+    assert torch.equal(resumed.ws, whole.ws)
+
+
+@pytest.mark.usefixtures("both_weighed")
+def test_without_group_factors_nothing_is_multiplied(context: Context, targets: Targets) -> None:
+    seen: list[Tensor | None] = []
+
+    def note(step: Step) -> None:
+        seen.append(step.candidate.landmark_factors)
+
+    plain = run(context, targets, terms=BOTH, callback=note)
+    assert seen == [None] * SCHEDULE.steps
+    ones = replace(SCHEDULE, landmark_ramp=0.5, group_factors=(("jaw", 1.0),))
+    same = run(context, targets, terms=BOTH, schedule=ones, callback=note)
+    factors = seen[-1]
+    assert factors is not None and torch.equal(factors, torch.ones(68, dtype=torch.float64))
+    assert torch.equal(same.ws, plain.ws)

@@ -49,6 +49,31 @@ def test_the_factor_of_the_landmark_terms_goes_linearly_to_one() -> None:
     assert [Schedule(steps=10).landmark_factor_at(step) for step in range(10)] == [1.0] * 10
 
 
+def test_the_factors_of_the_groups_go_linearly_to_one() -> None:
+    pose_first = Schedule(
+        steps=10, landmark_ramp=0.4, group_factors=(("inner_lip", 0.0), ("jaw", 21.0))
+    )
+    assert pose_first.group_factors_at(0) == {"inner_lip": 0, "jaw": 21}
+    assert pose_first.group_factors_at(1) == pytest.approx({"inner_lip": 0.25, "jaw": 16})
+    assert pose_first.group_factors_at(3) == pytest.approx({"inner_lip": 0.75, "jaw": 6})
+    for step in range(4, 10):
+        assert pose_first.group_factors_at(step) == {"inner_lip": 1, "jaw": 1}
+    assert pose_first.landmark_factor_at(0) == 1  # that of all terms is another one
+    assert Schedule(steps=10).group_factors_at(0) == {}
+    # However large, it ends at exactly 1.
+    steep = Schedule(steps=4, landmark_ramp=0.5, group_factors=(("jaw", 1e20),))
+    assert steep.group_factors_at(2) == {"jaw": 1}
+
+
+def test_a_schedule_is_read_from_keys_and_can_be_hashed() -> None:
+    keys = {"steps": 10, "landmark_ramp": 0.4, "group_factors": {"jaw": 20.0, "inner_lip": 0.2}}
+    read = Schedule.read(keys)
+    assert read.group_factors == (("inner_lip", 0.2), ("jaw", 20.0))
+    assert hash(read) == hash(Schedule.read({**keys, "group_factors": dict(read.group_factors)}))
+    assert Schedule.read({"steps": 10, "group_factors": None}) == Schedule(steps=10)
+    assert Schedule.read({"steps": 10}) == Schedule(steps=10)
+
+
 def test_where_nothing_rises_any_more_and_where_the_ramp_down_begins(published: Schedule) -> None:
     assert (published.settled_at, published.rampdown_at) == (50, 750)
     assert published.learning_rate_at(749) == published.learning_rate_at(750) == 0.1
