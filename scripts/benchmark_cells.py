@@ -206,7 +206,7 @@ class Bench:
         )
 
     def schedule(self, steps: int) -> Schedule:
-        return Schedule(**(self.config.optimizer.model_dump() | {"steps": steps}))
+        return Schedule.read(self.config.optimizer.model_dump() | {"steps": steps})
 
     def objective(self, context: Context, rows: int | None = None) -> Objective:
         rows = self.cell.batch if rows is None else rows

@@ -55,6 +55,9 @@ def _explain_unknown_key(key: str) -> str:
     parts = key.replace("/", ".").split(".")
     for part in parts[:-1]:
         below = node.get(part)
+        if part in node and below is None:
+            path, _, rest = key.rpartition(".")
+            return f"{key}: {path} is null; if it takes a mapping, write '{path}={{{rest}: VALUE}}'"
         if not isinstance(below, DictConfig):
             return f"{key}: no such key{suggest(part, _names(node))}"
         node = below

@@ -19,7 +19,16 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from lmexp.content import replace_files
@@ -90,7 +99,8 @@ class Optimizer(Schema):
 
 
 class ProjectionOptimizer(Optimizer):
-    """What the projection has beside an inversion: an early end, and two stages."""
+    """What the projection has beside an inversion: an early end, two stages, and a schedule of
+    group weights."""
 
     patience: Annotated[int, Field(ge=1)] | None
     """Steps; a job whose mean total over so many steps is not lower by the fraction `least_gain`
@@ -100,6 +110,30 @@ class ProjectionOptimizer(Optimizer):
     """Factor of the weights of the terms that need the expression, at the first step."""
     landmark_ramp: Fraction
     """Fraction of the steps in which that factor goes linearly to 1; 0: it is 1 throughout."""
+    group_factors: dict[str, NonNegative] | None
+    """Landmark groups -> factors of their weights at the first step, which go to 1 in the same
+    fraction of the steps; a group that is not named has factor 1, and a weight of 0 stays 0. None:
+    all have factor 1."""
+
+    @field_validator("group_factors")
+    @classmethod
+    def _can_act(
+        cls, factors: dict[str, float] | None, info: ValidationInfo
+    ) -> dict[str, float] | None:
+        if factors is None:
+            return None
+        groups = list(LandmarkWeights.model_fields)
+        for name in factors:
+            if name not in groups:
+                raise ValueError(f"no landmark group {name!r}{suggest(name, groups)}")
+        if not factors:
+            raise ValueError("names no landmark group; name one, or set it to null")
+        if info.data.get("landmark_ramp") == 0:
+            raise ValueError(
+                "with optimizer.landmark_ramp=0 they are 1 from the first step; set "
+                "optimizer.landmark_ramp above 0, or optimizer.group_factors=null"
+            )
+        return factors
 
 
 class Latent(Schema):
@@ -371,6 +405,8 @@ def _explain_one(location: list[str], fault: ErrorDetails, plain: Mapping[str, A
         return f"{key}: missing"
     if kind == "model_type":
         message = "is a group of keys; choose one of its files, or set one of its keys"
+    if kind == "dict_type":
+        message = "should be a mapping, such as '{NAME: VALUE}'"
     if kind == "string_pattern_mismatch" and key == "hardware.device":
         message = "choices: cpu, cuda, cuda:0, cuda:1, …"
     message = message.removeprefix("Input ").replace("String should have", "should have")

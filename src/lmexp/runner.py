@@ -553,7 +553,7 @@ def _one_line(fault: Exception) -> str:
 
 
 def _schedule(optimizer: Optimizer) -> Schedule:
-    return Schedule(**optimizer.model_dump())
+    return Schedule.read(optimizer.model_dump())
 
 
 def _row(batch: Tensor | None, k: int) -> Tensor:

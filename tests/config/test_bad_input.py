@@ -47,6 +47,36 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["latent.starts=2", "latent.starts_spread=0"], ["latent: starts_spread", "above 0"]),
         (["optimizer.patience=0"], ["optimizer.patience", "greater than or equal to 1"]),
         (["latent.inversion.patience=5"], ["latent.inversion.patience"]),
+        (
+            ["optimizer.group_factors={jaww: 20}", "optimizer.landmark_ramp=0.5"],
+            ["optimizer.group_factors:", "'jaww'", "did you mean 'jaw'", "inner_lip"],
+        ),
+        (
+            ["optimizer.group_factors={jaw: -1}", "optimizer.landmark_ramp=0.5"],
+            ["optimizer.group_factors.jaw", "greater than or equal to 0", "-1"],
+        ),
+        (
+            ["optimizer.group_factors={jaw: inf}", "optimizer.landmark_ramp=0.5"],
+            ["optimizer.group_factors.jaw", "finite"],
+        ),
+        (
+            ["optimizer.group_factors={jaw: nan}", "optimizer.landmark_ramp=0.5"],
+            ["optimizer.group_factors.jaw", "finite"],
+        ),
+        (
+            ["optimizer.group_factors={jaw: 20}"],
+            ["optimizer.group_factors:", "landmark_ramp=0 ", "above 0", "group_factors=null"],
+        ),
+        (
+            ["optimizer.group_factors={}", "optimizer.landmark_ramp=0.5"],
+            ["optimizer.group_factors:", "names no landmark group", "null"],
+        ),
+        (["optimizer.group_factors=20"], ["optimizer.group_factors:", "mapping", "20"]),
+        (
+            ["optimizer.group_factors.jaw=20"],
+            ["optimizer.group_factors.jaw:", "'optimizer.group_factors={jaw: VALUE}'"],
+        ),
+        (["latent.inversion.group_factors={jaw: 2}"], ["latent.inversion.group_factors"]),
         (["inputs=photos"], ["inputs", "look"]),
         (["inputs.look=missing.jpg"], ["inputs.look", "missing.jpg", "no file"]),
         (["inputs.look=generated:x"], ["inputs.look", "generated:7"]),

@@ -91,6 +91,20 @@ def test_one_batch_holds_jobs_that_differ_in_photos_seed_and_weights(default: Ex
         assert composed(override).batch_key() != key, override
 
 
+def test_group_factors_are_part_of_what_a_run_is(default: Experiment) -> None:
+    ramp = "optimizer.landmark_ramp=0.5"
+    plain = composed(ramp)
+    one = composed(ramp, "optimizer.group_factors={jaw: 20, inner_lip: 0.2}")
+    assert one.optimizer.group_factors == {"jaw": 20.0, "inner_lip": 0.2}
+    # Neither the order nor the way a number is written makes another run.
+    same = composed(ramp, "optimizer.group_factors={inner_lip: 0.2, jaw: 20.0}")
+    other = composed(ramp, "optimizer.group_factors={jaw: 2}")
+    assert one.identity(PHOTOS) == same.identity(PHOTOS) != other.identity(PHOTOS)
+    assert plain.identity(PHOTOS) not in (one.identity(PHOTOS), other.identity(PHOTOS))
+    assert one.batch_key() == same.batch_key() != other.batch_key()
+    assert default.optimizer.group_factors is None
+
+
 def test_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 2, "b": 1})
 
