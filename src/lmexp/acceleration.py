@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmexp.weights.store import cache_folder
+
+log = logging.getLogger("lmexp")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -95,6 +98,89 @@ class Acceleration:
 
 
 PLAIN = Acceleration()
+
+
+class Checked:
+    """A function of batches whose kernels are held against plain operations before their first use.
+
+    Kernels are compiled for a card, by a compiler, that nobody may have tried them with. One row of
+    the first call shows whether values and gradients are what they should be; if not, one line says
+    so and the plain form serves from then on.
+
+    Args:
+        name: what has the kernels, for that line.
+        fast: the kernels.
+        plain: the same in plain operations.
+        fallback: what is called instead of the kernels: the plain form, perhaps compiled.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fast: Callable[..., Tensor],
+        plain: Callable[..., Tensor],
+        fallback: Callable[..., Tensor],
+    ) -> None:
+        self._name = name
+        self._fast, self._plain, self._fallback = fast, plain, fallback
+        self._chosen: Callable[..., Tensor] | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Each input is [N, …], and so is the result."""
+        if self._chosen is None:
+            fault = self._find_fault(inputs)
+            if fault:
+                log.warning(
+                    "hardware: the kernels of %s are not right on this GPU (%s); going on without "
+                    "them, slower; please report it",
+                    self._name,
+                    fault,
+                )
+            self._chosen = self._fallback if fault else self._fast
+        return self._chosen(*inputs)
+
+    def _find_fault(self, inputs: Sequence[Tensor]) -> str:
+        found = []
+        for function in (self._plain, self._fast):
+            try:
+                found.append(_value_and_gradients(function, inputs))
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if function is self._plain:
+                    raise
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        (wanted, slopes), (got, gradients) = found
+        if not _is_near(got, wanted, _VALUE_ERROR):
+            return "other values"
+        for slope, gradient in zip(slopes, gradients, strict=True):
+            if not _is_near(gradient, slope, _GRADIENT_ERROR):
+                return "other gradients"
+        return ""
+
+
+_VALUE_ERROR, _GRADIENT_ERROR = 0.05, 0.3
+"""Relative, of half precision: kinks of an activation turn on rounding. Wrong is about 1."""
+
+
+def _value_and_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.enable_grad():
+        leaves = [value[:1].detach().clone().requires_grad_() for value in inputs]
+        value = function(*leaves)
+        # Fixed, of both signs, and in the range of half precision however many values there are.
+        outer = torch.cos(torch.arange(value.numel(), device=value.device) * 1.7)
+        outer = (outer / value.numel() ** 0.5).view(value.shape).to(value)
+        gradients = torch.autograd.grad(value, leaves, outer)
+    return value.detach(), gradients
+
+
+def _is_near(got: Tensor, wanted: Tensor, bound: float) -> bool:
+    size = wanted.double().norm()
+    if not torch.isfinite(size):  # too large for half precision: nothing to hold it against
+        return True
+    return bool((got.double() - wanted.double()).norm() <= bound * size)
 
 
 def _compile(function: Callable[P, R]) -> Callable[P, R]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lmexp.acceleration import PLAIN, Acceleration
+from lmexp.acceleration import PLAIN, Acceleration, Checked
 from lmexp.generators.tiny_random import TinyRandom
 from lmexp.latents import LatentStatistics
 from lmexp.losses.protocol import Context
@@ -109,3 +110,69 @@ def test_a_context_hands_on_its_accelerated_networks() -> None:
     assert stepping.heatmap_network is LOWERED.network(layer)  # type: ignore[comparison-overlap]
     assert stepping.acceleration is LOWERED and context.acceleration is PLAIN
     assert replace(context, acceleration=LOWERED) != context
+
+
+def cube(x: Tensor, scale: Tensor) -> Tensor:
+    return (x**3).sum(1) * scale
+
+
+class Doubled(torch.autograd.Function):
+    """The right value and twice the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+def refuse(x: Tensor, scale: Tensor) -> Tensor:
+    raise RuntimeError("no image for\nthis card")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [
+        (lambda x, scale: cube(x * 1.001, scale), None),
+        (lambda x, scale: cube(x * 1.1, scale), "other values"),
+        (lambda x, scale: cube(x, scale) * torch.nan, "other values"),
+        (lambda x, scale: cube(Doubled.apply(x), scale), "other gradients"),
+        (lambda x, scale: cube(x, Doubled.apply(scale)), "other gradients"),
+        (refuse, "RuntimeError: no image for this card"),
+    ],
+)
+def test_kernels_serve_once_they_are_found_right(
+    kernels: Any, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[int] = []
+
+    def fallback(x: Tensor, scale: Tensor) -> Tensor:
+        calls.append(len(x))
+        return cube(x, scale)
+
+    function = Checked("CUBE", kernels, cube, fallback)
+    x, scale = torch.linspace(1, 2, 12).view(4, 3), torch.linspace(-2, 3, 4)
+    with torch.no_grad(), caplog.at_level("WARNING", logger="lmexp"):
+        first, second = function(x, scale), function(x[:2], scale[:2])
+    assert calls == ([] if said is None else [4, 2])
+    torch.testing.assert_close(first, cube(x, scale), rtol=0.01, atol=0)
+    torch.testing.assert_close(second, first[:2])
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == (0 if said is None else 1)
+    if said is not None:
+        assert f"the kernels of CUBE are not right on this GPU ({said})" in lines[0]
+
+
+def test_what_overflows_in_plain_operations_accuses_no_kernel() -> None:
+    function = Checked("X", lambda x: x * 2, lambda x: x * torch.inf, lambda x: x * 0)
+    assert torch.equal(function(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+def test_running_out_of_memory_is_no_fault_of_a_kernel() -> None:
+    def exhaust(x: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Checked("X", exhaust, torch.neg, torch.neg)(torch.ones(2, 3))

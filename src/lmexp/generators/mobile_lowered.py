@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmexp.acceleration import Checked
 from lmexp.convolutions import depthwise, taps_of
 
 LEAK = 0.2
@@ -260,6 +261,7 @@ class LoweredSynthesis(nn.Module):
         self.tail = LoweredTail(blocks[len(small) :], LoweredHead(head, dtype))
         self._start: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = self.start
         self._end: Callable[[Tensor, Sequence[Tensor]], Tensor] = self.tail.forward
+        self._kernels: Checked | None = None
 
     def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
         """Compile what has no kernels."""
@@ -281,11 +283,18 @@ class LoweredSynthesis(nn.Module):
     def forward(self, ws: Tensor) -> Tensor:
         """ws: [N, num_ws, w_dim] -> images: [N, 3, R, R], float32."""
         x, styles = self._start(ws)
-        if x.is_cuda and self.tail.has_kernels:
-            from lmexp.generators import mobile_triton
+        if not (x.is_cuda and self.tail.has_kernels):
+            return self._end(x, styles)
+        if self._kernels is None:
+            from lmexp.generators.mobile_triton import paint
 
-            return mobile_triton.paint(self.tail, x, styles)
-        return self._end(x, styles)
+            self._kernels = Checked(
+                "MobileStyleGAN",
+                lambda x, *styles: paint(self.tail, x, styles),
+                lambda x, *styles: self.tail(x, styles),
+                lambda x, *styles: self._end(x, styles),
+            )
+        return self._kernels(x, *styles)
 
 
 def _to_pixels(bands: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ first stride is 1 here, and whose activations are PReLUs. Weights: OpenCV Zoo (A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmexp.acceleration import Checked
 from lmexp.convolutions import LoweredConv, depthwise, taps_of
 from lmexp.weights import store
 from lmexp.weights.converters import SFACE_CONVOLUTIONS
@@ -184,6 +186,7 @@ class LoweredIdentity(nn.Module):
             )
         )
         self.dtype = dtype
+        self._kernels: Checked | None = None
         # The normalisation before the linear layer is part of it.
         channels = len(network.scale)
         weight = network.linear.weight.detach().double()
@@ -195,16 +198,23 @@ class LoweredIdentity(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images: [N, 3, 112, 112], scaled -> [N, 128], float32."""
-        first, *others = self.trunk
-        x = first.convolve(images.permute(0, 2, 3, 1).to(self.dtype))  # type: ignore[operator]
-        pair = separable
-        if x.is_cuda:
+        if not images.is_cuda:
+            return self.read(images, separable)
+        if self._kernels is None:
             from lmexp.losses import identity_triton
 
-            pair = identity_triton.separable
+            plain = partial(self.read, pair=separable)
+            fast = partial(self.read, pair=identity_triton.separable)
+            self._kernels = Checked("SFace", fast, plain, plain)
+        return self._kernels(images)
+
+    def read(self, images: Tensor, pair: Callable[..., Tensor]) -> Tensor:
+        """`forward`, by one form or the other of `separable`."""
+        first, *others = self.trunk
+        x = first.convolve(images.permute(0, 2, 3, 1).to(self.dtype))  # type: ignore[operator]
         for before, grouped, dense in zip(
             [first, *others[1::2]], others[::2], others[1::2], strict=False
         ):
-            x = pair(x, before, grouped, dense)  # type: ignore[arg-type]
+            x = pair(x, before, grouped, dense)
         x = others[-1].activate(x)  # type: ignore[operator]
         return F.linear(x.flatten(1), self.weight).float() + self.bias

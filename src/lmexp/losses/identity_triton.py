@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from lmexp.losses.identity_network import LoweredLayer
 
 BLOCK, WARPS = 1024, 4
-"""Elements of a program, and warps that work on them."""
+"""Elements of a program, and warps that work on them. Widths are no constants of the kernels: there
+are six, and each would have to be compiled for."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -43,8 +44,8 @@ def _convolve_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     count,
     height,
     width,
+    C,
     STRIDE: tl.constexpr,
-    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # Bias and PReLU, depthwise 3×3 -> `raw`, bias and PReLU -> `out`; height and width are theirs.
@@ -87,8 +88,8 @@ def _convolve_back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     count,
     height,
     width,
+    C,
     STRIDE: tl.constexpr,
-    C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # The gradient of the above with respect to x; height and width are those of x.
@@ -139,8 +140,8 @@ class _Separable(torch.autograd.Function):  # pragma: no cover
             activated,
             raw.numel(),
             *shape[1:3],
+            channels,
             STRIDE=grouped.stride,
-            C=channels,
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
@@ -167,8 +168,8 @@ class _Separable(torch.autograd.Function):  # pragma: no cover
             out,
             out.numel(),
             *x.shape[1:3],
+            x.shape[3],
             STRIDE=grouped.stride,
-            C=x.shape[3],
             BLOCK=BLOCK,
             num_warps=WARPS,
         )
