@@ -31,6 +31,7 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     assert index["jobs"] == read_index(three)["jobs"]
     assert index["name"] == "weights"
     assert [job["overrides"]["landmark_weights"] for job in index["jobs"]] == [
+        "whole_face",
         "lips",
         "reference",
         "uniform",

@@ -255,8 +255,8 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
     gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(6 * 2**30 / total)
-    words = ["generator=mobile_1024", "optimizer.steps=6", "latent.start=mean", "tracker=none"]
+    torch.cuda.set_per_process_memory_fraction(3 * 2**30 / total)
+    words = ["optimizer.steps=6", "latent.start=mean", "tracker=none"]
     words += ["scores=none", "figure=[]", "inputs.look=generated:1", "recording.video_frames=0"]
     sweep = ["-m", f"seed={','.join(map(str, range(12)))}", "hardware=cuda"]
     try:

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 LEAK = 0.2
 ROWS, COLUMNS, WARPS = 8, 16, 4
-"""Places of a program, and warps that work on them: a tile that is nearly square reads the fewest
-neighbours."""
-GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS = 4, 8, 4
+"""Places of a program, and warps that work on them. These sizes were the fastest of nine in all of
+the network at 1024 px on an H200."""
+GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS = 2, 8, 4
 """The same where each place stands for 2×2 pixels."""
-CHANNELS = 32
+CHANNELS = 64
 """Channels of a step of a product's sum."""
 OUTPUTS = 128
 """Most channels of a result that a program computes."""
