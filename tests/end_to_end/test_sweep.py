@@ -23,7 +23,7 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     assert alone.code == 0, alone
     batched = lmexp(*words, "hardware.batch_size=3", "output_dir=batched")
     assert batched.code == 0
-    assert "jobs 1–3/8" in batched.err and "jobs 8–8/8" not in batched.err
+    assert "jobs 1–3/9" in batched.err and "jobs 9–9/9" not in batched.err
 
     (one,), (three,) = (list(Path(root).glob("weights-*")) for root in ("alone", "batched"))
     assert one.name == three.name
@@ -52,9 +52,9 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
         assert summary["overrides"] == [f"landmark_weights={job['overrides']['landmark_weights']}"]
     for suffix in ("png", "pdf"):
         assert (one / "figures" / f"weights_grid.{suffix}").stat().st_size > 0
-    assert "8 finished" in batched.out and str(three) in batched.out
+    assert "9 finished" in batched.out and str(three) in batched.out
     different = {latents(one / job["folder"]).tobytes() for job in index["jobs"]}
-    assert len(different) == 8
+    assert len(different) == 9
 
 
 def test_one_failing_job_leaves_the_others_alone(lmexp: CommandLine) -> None:
