@@ -490,6 +490,28 @@ def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         tl.store(out + at, tl.trans(total), mask=there)
 
 
+def _single(channels: int) -> dict[str, int]:  # pragma: no cover
+    """How a kernel is launched whose places are pixels."""
+    return _tiling(ROWS, COLUMNS, WARPS, channels)
+
+
+def _group(channels: int) -> dict[str, int]:  # pragma: no cover
+    """How a kernel is launched whose places stand for 2×2 pixels each."""
+    return _tiling(GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS, channels)
+
+
+def _tiling(
+    rows: int, columns: int, warps: int, channels: int
+) -> dict[str, int]:  # pragma: no cover
+    return {
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "CHANNELS": min(channels, CHANNELS),
+        "num_warps": warps,
+        "num_stages": STAGES,
+    }
+
+
 def _tiles(rows: int, columns: int, n: int, height: int, width: int) -> int:  # pragma: no cover
     tiles: int = n * triton.cdiv(height, rows) * triton.cdiv(width, columns)
     return tiles
@@ -536,12 +558,8 @@ def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
         C_OUT=outputs,
         CONSTANTS=layer.constant.shape[-1],
         BIAS=layer.bias is not None,
-        ROWS=GROUP_ROWS,
-        COLUMNS=GROUP_COLUMNS,
-        CHANNELS=min(inputs, CHANNELS),
         OUTPUTS=wide,
-        num_warps=GROUP_WARPS,
-        num_stages=STAGES,
+        **_group(inputs),
     )
     return out
 
@@ -565,11 +583,7 @@ def _image(
         C=channels,
         SKIPPED=0 if skipped is None else skipped.shape[-1],
         CONSTANTS=1 if head.constant.ndim == 1 else COLOURS,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        CHANNELS=min(channels, CHANNELS),
-        num_warps=WARPS,
-        num_stages=STAGES,
+        **_single(channels),
     )
     return out
 
@@ -607,12 +621,8 @@ def _back_image(
         LEAK,
         K=channels,
         C_OUT=outputs,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        CHANNELS=min(channels, CHANNELS),
         OUTPUTS=wide,
-        num_warps=WARPS,
-        num_stages=STAGES,
+        **_single(channels),
     )
     return out, _add_up(sums, n)
 
@@ -652,12 +662,8 @@ def _back(
         K=channels,
         C_OUT=outputs,
         MORE=more is not None,
-        ROWS=GROUP_ROWS,
-        COLUMNS=GROUP_COLUMNS,
-        CHANNELS=min(channels, CHANNELS),
         OUTPUTS=wide,
-        num_warps=GROUP_WARPS,
-        num_stages=STAGES,
+        **_group(channels),
     )
     return out, _add_up(sums, n)
 
@@ -693,12 +699,8 @@ def _back_merge(
         C=channels,
         C_OUT=outputs,
         PRODUCT=weight is not None,
-        ROWS=GROUP_ROWS,
-        COLUMNS=GROUP_COLUMNS,
-        CHANNELS=min(channels, CHANNELS),
         OUTPUTS=wide,
-        num_warps=GROUP_WARPS,
-        num_stages=STAGES,
+        **_group(channels),
     )
     found = _add_up(sums, n).view(n, 4, channels)
     of_up = (found * style[:, None]).flatten(1)
