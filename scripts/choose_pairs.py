@@ -105,7 +105,9 @@ def read_faces(folders: Sequence[Path], taken: Collection[str]) -> list[Face]:
         pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in PICTURES)
         annotated = [picture for picture in pictures if picture.with_suffix(".pts").exists()]
         if not annotated:
-            raise LmexpError(f"{folder}: no picture with a .pts file beside it")
+            raise LmexpError(
+                f"{folder}: no picture with a .pts file beside it; name a folder of 300-W's form"
+            )
         for picture in annotated:
             if str(picture) not in taken:
                 landmarks = read_pts(picture.with_suffix(".pts"))

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lmexp.acceleration import Checked
 from lmexp.convolutions import depthwise, taps_of
+from lmexp.generators.mobile_head import merge_bands
 
 LEAK = 0.2
 
@@ -302,11 +303,9 @@ def _to_pixels(bands: Tensor) -> Tensor:
 
     Rows (2 down + right) · 3 + colour; the last four are 0.
     """
-    low, rows, columns, both = bands.view(4, 3, *bands.shape[1:])
-    top, bottom = low + rows, low - rows
-    top_step, bottom_step = columns + both, columns - both
-    pixels = (top + top_step, top - top_step, bottom + bottom_step, bottom - bottom_step)
-    return torch.cat([*pixels, low.new_zeros(_COLUMNS - 12, *low.shape[1:])])
+    places = bands.reshape(12, -1).T[:, :, None, None]
+    pixels = merge_bands(places).permute(2, 3, 1, 0).reshape(bands.shape)
+    return torch.cat([pixels, pixels.new_zeros(_COLUMNS - 12, *bands.shape[1:])])
 
 
 def _lower(layer: nn.Module, dtype: torch.dtype) -> LoweredLayer:

@@ -314,6 +314,7 @@ class MobileNetwork(nn.Module):
         Styles, noise, biases and sums stay float32, too; there is no way back.
         """
         self._lowered = LoweredSynthesis(self._trunk, self._head, dtype)
+        del self._trunk, self._head  # their weights take memory
 
     def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
         """Compile what has no kernels of its own: all of it in float32."""
