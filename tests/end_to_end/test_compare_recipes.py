@@ -174,10 +174,11 @@ def test_what_comes_with_the_project_composes(script: ModuleType, tmp_path: Path
     recipes = script.choose_recipes(None, args.recipes_file)
     assert {"default", "published", "published_w_plus", "no_mask", "no_prior"} <= set(recipes)
     for overrides in recipes.values():
-        config = script._compose([*script.QUIET, *overrides], pairs[0], tmp_path)
+        ((_, config),) = script._compose([*script.QUIET, *overrides], pairs[:1], tmp_path)
         assert config.inputs.look == pairs[0].look
         assert config.recording.video_frames == 0
-    assert script._compose(recipes["published"], pairs[0], tmp_path).optimizer.steps == 1000
+    ((_, published),) = script._compose(recipes["published"], pairs[:1], tmp_path)
+    assert published.optimizer.steps == 1000
 
 
 def test_photos_are_paired_by_seed(script: ModuleType, tmp_path: Path) -> None:
