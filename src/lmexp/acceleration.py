@@ -159,8 +159,9 @@ class Checked:
         return ""
 
 
-_VALUE_ERROR, _GRADIENT_ERROR = 0.05, 0.3
-"""Relative, of half precision: kinks of an activation turn on rounding. Wrong is about 1."""
+_VALUE_ERROR, _GRADIENT_ERROR = 0.05, 0.6
+"""Relative, of half precision: kinks of an activation turn on rounding, and SFace's gradients in
+bfloat16 differ by a third from those in float32. Wrong is about 1."""
 
 
 def _value_and_gradients(

@@ -10,7 +10,7 @@ import torch
 
 from lmexp.errors import LmexpError
 from lmexp.landmarks.groups import GROUPS, expand
-from lmexp.losses.landmarks import LandmarkHeatmaps, heatmap_distance, stretch
+from lmexp.losses.landmarks import LandmarkHeatmaps, heatmap_distance, stretch, widen_heatmaps
 from lmexp.losses.protocol import Candidate, Context, Targets
 
 UNUSED = cast(Any, None)
@@ -85,6 +85,25 @@ def test_stretch_measures_the_range_at_the_side_the_network_sees() -> None:
     assert got[0, 0, 0, 0] == 1 and got[0, 0, 0, 1] == 0 and got[0, 0, 200, 0] == -1
 
 
+def test_widened_peaks_are_those_of_the_wider_gaussian() -> None:
+    places = torch.arange(64.0)
+
+    def peak(x: float, y: float, width: float) -> torch.Tensor:
+        squares = (places[:, None] - y) ** 2 + (places - x) ** 2
+        return torch.exp(-squares / (2 * width**2))
+
+    maps = torch.stack([peak(30, 20, 1.5), peak(12.3, 40.6, 2.0)])[None]
+    got = widen_heatmaps(maps, 2.0)
+    for k, (x, y, width) in enumerate(((30, 20, 1.5), (12.3, 40.6, 2.0))):
+        wider = (width**2 + 2.0**2) ** 0.5
+        expected = (width / wider) ** 2 * peak(x, y, wider)
+        torch.testing.assert_close(got[0, k], expected, atol=1e-4, rtol=0)
+    oblong = widen_heatmaps(torch.ones(1, 1, 40, 24), 1.0)
+    assert oblong.shape == (1, 1, 40, 24)
+    torch.testing.assert_close(oblong[..., 8:-8, 8:-8], torch.ones(1, 1, 24, 8))
+    assert oblong[0, 0, 0, 12] < 0.75  # what leaves the map is lost
+
+
 class Squares(torch.nn.Module):
     """Heat map k is the squared grey image times k: cheap, and it sees brightness."""
 
@@ -118,6 +137,17 @@ def test_stretched_term_does_not_see_brightness_and_contrast() -> None:
     assert plain[0] == 0 and plain[1] > 1
     stretched = evaluate(LandmarkHeatmaps(stretch_contrast=True, jitter=0.0), images, weights)
     torch.testing.assert_close(stretched, torch.zeros(2), atol=1e-3, rtol=0)
+
+
+def test_the_widened_term_is_the_distance_of_widened_maps() -> None:
+    images = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    weights = torch.linspace(0, 1, 136).view(2, 68)
+    got = evaluate(LandmarkHeatmaps(jitter=0.0, widen=1.5), images, weights)
+    expression = torch.linspace(-1, 1, 16).reshape(1, 1, 4, 4).expand(2, 3, 4, 4)
+    maps = [widen_heatmaps(Squares()(faces), 1.5) for faces in (images, expression)]
+    torch.testing.assert_close(got, heatmap_distance(maps[0], maps[1], weights, "l2"))
+    with pytest.raises(LmexpError, match=r"loss\.landmarks\.widen: 0\.2"):
+        LandmarkHeatmaps(widen=0.2)
 
 
 def test_tip_of_the_nose_weighs_as_its_group() -> None:

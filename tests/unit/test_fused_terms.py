@@ -58,6 +58,7 @@ TERMS: dict[str, Callable[[], Term]] = {
     "landmarks": lambda: LandmarkHeatmaps(jitter=0.0),
     "landmarks, stretched": lambda: LandmarkHeatmaps(jitter=0.0, stretch_contrast=True),
     "landmarks, views": lambda: LandmarkHeatmaps(jitter=1.0),
+    "landmarks, widened": lambda: LandmarkHeatmaps(jitter=0.0, widen=2.0),
     "coordinates": lambda: LandmarkCoordinates(jitter=0.0),
     "coordinates, views": lambda: LandmarkCoordinates(jitter=1.0),
     "identity": IdentityDistance,

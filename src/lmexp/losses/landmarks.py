@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -15,6 +16,7 @@ from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
 
 _NOSE_TIP = 30
 _STRETCHED_SIDE = 256
+_LEAST_WIDENING = 0.5
 
 
 def heatmap_distance(
@@ -58,6 +60,29 @@ def stretch(images: Tensor) -> Tensor:
     return (images - least) * (2 / (largest - least).clamp_min(1e-12)) - 1
 
 
+def widen_heatmaps(heatmaps: Tensor, sigma: float) -> Tensor:
+    """Blur heat maps by a Gaussian of unit sum; what leaves a map at its border is lost.
+
+    A peak of width s becomes one of √(s² + σ²), lower by s² / (s² + σ²).
+
+    Args:
+        heatmaps: [N, K, h, w].
+        sigma: > 0, standard deviation, px of the maps.
+
+    Returns:
+        [N, K, h, w].
+    """
+    down, right = (_gaussian(heatmaps, side, sigma) for side in heatmaps.shape[2:])
+    return down @ heatmaps @ right
+
+
+def _gaussian(like: Tensor, side: int, sigma: float) -> Tensor:
+    """[side, side], symmetric: row k is the kernel around k."""
+    places = torch.arange(side, device=like.device, dtype=like.dtype)
+    kernel = torch.exp(-((places[:, None] - places) ** 2) / (2 * sigma**2))
+    return kernel / (sigma * math.sqrt(2 * math.pi))
+
+
 class LandmarkHeatmaps:
     """HL(x, expression), with one weight λ_landmark per landmark group, times the step's factor.
 
@@ -73,6 +98,8 @@ class LandmarkHeatmaps:
         jitter: ≥ 0, how far the network's view of both images is turned, shifted and scaled at
             random each step; 0 shows both as they are, as in the published code. See
             `lmexp.landmarks.jitter`.
+        widen: σ of the Gaussian that both faces' heat maps are blurred with first, px of the
+            maps; 0: as the network gives them. Wide peaks pull from farther, and less exactly.
 
     Source: L. Uzolas, "Facial landmark projection without training" (2021); FAN: Bulat &
     Tzimiropoulos, arXiv 1703.07332.
@@ -88,7 +115,13 @@ class LandmarkHeatmaps:
         tip_in_lower_nose: bool = False,
         stretch_contrast: bool = False,
         jitter: Annotated[float, Field(ge=0, le=3)] = 1.0,
+        widen: Annotated[float, Field(ge=0, le=16)] = 0.0,
     ) -> None:
+        if 0 < widen < _LEAST_WIDENING:
+            raise LmexpError(
+                f"loss.landmarks.widen: {widen}, a Gaussian narrower than a pixel's half; give 0 "
+                f"or at least {_LEAST_WIDENING}"
+            )
         if jitter and stretch_contrast:
             raise LmexpError(
                 "loss.landmarks: jitter and stretch_contrast exclude each other; set one to 0 "
@@ -100,6 +133,7 @@ class LandmarkHeatmaps:
         self.tip_in_lower_nose = tip_in_lower_nose
         self.stretch_contrast = stretch_contrast
         self.jitter = jitter
+        self.widen = widen
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
         assert targets.expression is not None and targets.landmark_weights is not None
@@ -108,12 +142,14 @@ class LandmarkHeatmaps:
         lowered = self.tip_in_lower_nose
         if lowered:
             weights = _lower_tip(weights)
-        norm, squared = self.norm, self.squared_group_weights
+        norm, squared, sigma = self.norm, self.squared_group_weights, self.widen
 
         def measure(maps: Tensor, target: Tensor, factors: Tensor | None) -> Tensor:
             scaled = weights
             if factors is not None:
                 scaled = weights * (_lower_tip(factors) if lowered else factors)
+            if sigma:
+                maps, target = widen_heatmaps(maps, sigma), widen_heatmaps(target, sigma)
             return heatmap_distance(maps, target, scaled, norm, squared)
 
         fuse = context.acceleration.fuse
