@@ -10,9 +10,10 @@
 A recipe is a list of the overrides that `python -m lmexp` takes. Every recipe meets every pair, as
 batches, in the order in which recipes are named (those that differ in weights alone share theirs);
 what is finished is not run again, so the same command goes on where it was stopped.
-OUT gets table.md, table.csv (means, medians, shares of the baselines, failures), scores.csv (every
-run), table.json (all of it with versions, device, commands), sheet.png (a row a pair: look,
-expression, inversion, then each recipe) and index.json, which `python -m lmexp.figures OUT` reads.
+OUT gets table.md and table.csv (means, medians, shares of the baselines, failures; 95 % intervals
+of shares and of differences from the first recipe), scores.csv (every run), table.json (all of it
+with versions, device, commands), sheet.png (a row a pair: look, expression, inversion, then each
+recipe) and index.json, which `python -m lmexp.figures OUT` reads.
 docs/scores.md defines the numbers. Exits with 1 if a job came to no result, with 2 on bad input.
 """
 
@@ -456,6 +457,8 @@ def _plain_row(row: Row) -> dict[str, Any]:
         plain[f"{column.key} median"] = row.medians.get(column.key)
         if column.of_look:
             plain[f"{column.key} share of look"] = row.shares.get(column.key)
+        for name, value in zip(("low", "high"), row.intervals.get(column.key, ()), strict=False):
+            plain[f"{column.key} share {name}"] = value
     return plain
 
 

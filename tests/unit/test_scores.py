@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from recorded_runs import astronaut, face_landmarks, image_tensor, record_run
 from scored_runs import run_scores
@@ -377,6 +378,47 @@ def test_identity_is_held_against_the_named_recipes_inversions() -> None:
     assert first.identity_kept == pytest.approx(0.75)
     first, *_ = [row for row in tabulate(runs, "plain") if not row.baseline]
     assert first.identity_kept == pytest.approx(1.2)
+
+
+def test_intervals_are_the_percentile_bootstraps() -> None:
+    random = np.random.default_rng(3)
+    pairs = [f"{k}" for k in range(20)]
+    errors = {name: random.gamma(2, 0.05, len(pairs)).tolist() for name in "ab"}
+    runs = [
+        ScoredRun(name, pair, run_scores(0.5, error))
+        for name, values in errors.items()
+        for pair, error in zip(pairs, values, strict=True)
+    ]
+    a, b = [row for row in tabulate(runs) if not row.baseline]
+    look = run_scores(0.5, 0.1)["look"]["mouth_error"]
+
+    def expect(values: list[float]) -> Any:
+        # An implementation of its own, with draws of its own.
+        found = scipy.stats.bootstrap(
+            (values,), np.mean, n_resamples=20000, method="percentile", rng=1
+        )
+        return found.confidence_interval
+
+    wanted = expect([error / look for error in errors["b"]])
+    assert b.intervals["mouth_error"] == pytest.approx(tuple(wanted), rel=0.03)
+    differences = [y - x for x, y in zip(errors["a"], errors["b"], strict=True)]
+    mean, low, high = b.differences["mouth_error"]
+    assert mean == pytest.approx(np.mean(differences))
+    assert (low, high) == pytest.approx(tuple(expect(differences)), abs=0.003)
+    assert not a.differences and a.intervals["identity_cosine"] == pytest.approx((1, 1))
+    text = write_markdown([a, b])
+    assert "Less `a` on the same pairs" in text
+    assert ("**" in text.splitlines()[-2]) == (low > 0 or high < 0)
+
+
+def test_a_difference_that_luck_does_not_explain_is_bold() -> None:
+    runs = [
+        ScoredRun(name, f"{k}", run_scores(0.5, error + 0.001 * k))
+        for name, error in (("a", 0.1), ("b", 0.2))
+        for k in range(8)
+    ]
+    text = write_markdown(tabulate(runs))
+    assert "**+0.100 (+0.100 to +0.100)**" in text
 
 
 # -- dlib itself --------------------------------------------------------------------------------

@@ -1,12 +1,20 @@
-"""Recipes compared over pairs: means, medians, shares of the baselines, failures."""
+"""Recipes compared over pairs: means, medians, shares of the baselines, failures.
+
+How much of it is the luck of the pairs: 95 % intervals by the percentile bootstrap over pairs
+(Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13), of ratios of means and
+of what a recipe differs by from the first one on the same pairs.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 BASELINES = {
     "look": "look unchanged",
@@ -14,6 +22,10 @@ BASELINES = {
     "expression": "expression photo itself",
 }
 """Pictures that every run scores beside its result, and what their rows are called."""
+
+
+RESAMPLES, LEVEL = 4000, 0.95
+"""Draws of the bootstrap, seeded, and how often an interval is to hold."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,9 @@ class Row:
         shares: mean over the unchanged look's mean on the same pairs, by a column's key.
         identity_kept: mean identity over the inversions' mean identity on the same pairs;
             None if there is none.
+        intervals: of `shares` and, as identity_cosine, of `identity_kept`, by a column's key.
+        differences: (mean, low, high) of this recipe less the first on the pairs that both have,
+            by a column's key; empty for the first and for baselines.
     """
 
     name: str
@@ -92,6 +107,8 @@ class Row:
     medians: Mapping[str, float]
     shares: Mapping[str, float]
     identity_kept: float | None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    differences: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
 
 
 def flatten(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -132,20 +149,15 @@ def tabulate(runs: Iterable[ScoredRun], inversion_of: str | None = None) -> list
         for picture, found in baselines.items()
         if found
     ]
+    first: dict[str, dict[str, float]] | None = None
     for recipe in dict.fromkeys(run.recipe for run in runs):
         own = [run for run in runs if run.recipe == recipe]
         results = {run.pair: flatten(run.scores.get("result") or {}) for run in own}
+        results = {pair: numbers for pair, numbers in results.items() if numbers}
         failures = sum(bool(run.reason or run.scores.get("failed")) for run in own)
-        rows.append(
-            _row(
-                recipe,
-                {pair: numbers for pair, numbers in results.items() if numbers},
-                baselines,
-                asked=len(own),
-                failures=failures,
-                baseline=False,
-            )
-        )
+        row = _row(recipe, results, baselines, asked=len(own), failures=failures, baseline=False)
+        rows.append(replace(row, differences=_differences(results, first or {})))
+        first = results if first is None else first
     return rows
 
 
@@ -158,16 +170,18 @@ def _row(
     failures: int,
     baseline: bool,
 ) -> Row:
-    means, medians, shares = {}, {}, {}
+    means, medians, shares, intervals = {}, {}, {}, {}
     for column in COLUMNS:
         values = [pair[column.key] for pair in numbers.values() if column.key in pair]
         if not values:
             continue
         means[column.key] = statistics.fmean(values)
         medians[column.key] = statistics.median(values)
-        share = _ratio(numbers, baselines["look"], column.key) if column.of_look else None
-        if share is not None:
-            shares[column.key] = share
+        if column.of_look and (found := _ratio(numbers, baselines["look"], column.key)):
+            shares[column.key], intervals[column.key] = found
+    kept = _ratio(numbers, baselines["inversion"], "identity_cosine")
+    if kept is not None:
+        intervals["identity_cosine"] = kept[1]
     return Row(
         name=name,
         baseline=baseline,
@@ -177,7 +191,8 @@ def _row(
         means=means,
         medians=medians,
         shares=shares,
-        identity_kept=_ratio(numbers, baselines["inversion"], "identity_cosine"),
+        identity_kept=None if kept is None else kept[0],
+        intervals=intervals,
     )
 
 
@@ -185,19 +200,63 @@ def _ratio(
     numbers: Mapping[str, Mapping[str, float]],
     reference: Mapping[str, Mapping[str, float]],
     key: str,
-) -> float | None:
-    """Sum over sum, of the pairs that have the number in both; None without a positive sum."""
+) -> tuple[float, tuple[float, float]] | None:
+    """Sum over sum, of the pairs that have the number in both, and its interval.
+
+    None without a positive sum.
+    """
+    both = _on_both(numbers, reference, key)
+    above, below = both.sum(0)
+    if below <= 0:
+        return None
+    sums = _resample(both)
+    # A draw of nothing but pairs whose reference is not positive says nothing.
+    sums = sums[sums[:, 1] > 0]
+    return float(above / below), _interval(sums[:, 0] / sums[:, 1])
+
+
+def _differences(
+    numbers: Mapping[str, Mapping[str, float]], first: Mapping[str, Mapping[str, float]]
+) -> dict[str, tuple[float, float, float]]:
+    """`Row.differences` from the pairs' numbers of a recipe and of the first one."""
+    found = {}
+    for column in COLUMNS:
+        both = _on_both(numbers, first, column.key)
+        if len(both):
+            differences = both[:, :1] - both[:, 1:]
+            means = _resample(differences)[:, 0] / len(both)
+            found[column.key] = (float(differences.mean()), *_interval(means))
+    return found
+
+
+def _on_both(
+    numbers: Mapping[str, Mapping[str, float]],
+    reference: Mapping[str, Mapping[str, float]],
+    key: str,
+) -> NDArray[np.float64]:
+    """[P, 2], a number of the pairs that have it here and there."""
     both = [
         (own[key], reference[pair][key])
         for pair, own in numbers.items()
         if key in own and key in reference.get(pair, {})
     ]
-    below = sum(value for _, value in both)
-    return sum(value for value, _ in both) / below if below > 0 else None
+    return np.array(both, np.float64).reshape(-1, 2)
+
+
+def _resample(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[P, K] -> [RESAMPLES, K], sums over P rows that are drawn with replacement; always alike."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    sums: NDArray[np.float64] = values[drawn].sum(1)
+    return sums
+
+
+def _interval(draws: NDArray[np.float64]) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 def write_markdown(rows: Sequence[Row]) -> str:
-    """Two tables for people: means with shares in brackets, then medians."""
+    """Tables for people: means with shares in brackets, medians, and what is luck."""
     return "\n".join(
         [
             "Means over the pairs; in brackets the share of the unchanged look's, and for identity "
@@ -209,15 +268,67 @@ def write_markdown(rows: Sequence[Row]) -> str:
             "",
             *_markdown(rows, medians=True),
             "",
+            "Shares with their 95 % intervals (bootstrap over the pairs).",
+            "",
+            *_intervals(rows),
+            "",
+            *_comparison(rows),
         ]
     )
+
+
+def _intervals(rows: Sequence[Row]) -> list[str]:
+    columns = [column for column in COLUMNS if any(column.key in row.intervals for row in rows)]
+    lines = _head(["recipe", "pairs", *(column.title for column in columns)])
+    for row in rows:
+        cells = [f"*{row.name}*" if row.baseline else row.name, str(row.pairs)]
+        for column in columns:
+            share = row.identity_kept if column.key == "identity_cosine" else None
+            share = row.shares.get(column.key, share)
+            if share is None or _is_its_own(row, column):
+                cells.append("–")
+            else:
+                low, high = row.intervals[column.key]
+                cells.append(f"{share:.0%} ({low:.0%} to {high:.0%})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _comparison(rows: Sequence[Row]) -> list[str]:
+    """What each recipe differs by from the first; bold where the interval leaves 0 out."""
+    recipes = [row for row in rows if not row.baseline]
+    if len(recipes) < 2:
+        return []
+    columns = [column for column in COLUMNS if any(column.key in r.differences for r in recipes)]
+    lines = [
+        f"Less `{recipes[0].name}` on the same pairs, 95 % intervals; **bold** where 0 is outside.",
+        "",
+        *_head(["recipe", *(f"{column.title} {column.unit}".strip() for column in columns)]),
+    ]
+    for row in recipes[1:]:
+        cells = [row.name]
+        for column in columns:
+            if column.key not in row.differences:
+                cells.append("–")
+                continue
+            mean, low, high = row.differences[column.key]
+            cell = (
+                f"{mean:+.{column.digits}f} ({low:+.{column.digits}f} to {high:+.{column.digits}f})"
+            )
+            cells.append(f"**{cell}**" if low > 0 or high < 0 else cell)
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _head(titles: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
 
 
 def _markdown(rows: Sequence[Row], *, medians: bool) -> list[str]:
     columns = [column for column in COLUMNS if any(column.key in row.means for row in rows)]
     heads = ["recipe", "pairs", "failed"]
     heads += [f"{column.title} {column.unit}".strip() for column in columns]
-    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    lines = _head(heads)
     for row in rows:
         failed = "–" if row.baseline else f"{row.failures} of {row.asked}"
         cells = [f"*{row.name}*" if row.baseline else row.name, str(row.pairs), failed]
