@@ -47,7 +47,7 @@ from benchmark_tables import milliseconds, print_tables, read_results
 from lmexp.errors import LmexpError
 from lmexp.recording.provenance import describe_git
 
-CUDA = ("cuda", "cuda_fast")
+CUDA = ("cuda", "cuda_half", "cuda_fast")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,7 +180,7 @@ def span(args: argparse.Namespace, cuda: bool) -> Iterator[Cell]:
                     for gpus in args.gpus:
                         parts = gpus == 1
                         yield Cell("step", recipe, resolution, name, batch, gpus, parts)
-                if name == "cuda_fast":
+                if name in ("cuda_half", "cuda_fast"):
                     yield Cell("agreement", recipe, resolution, name, 2)
 
 
@@ -214,7 +214,8 @@ def quick(cuda: bool) -> list[Cell]:
         Cell("yardstick", "mobile", 1024, "cuda"),
         Cell("step", "mobile", 1024, "cuda_fast", 8, parts=True),
         Cell("step", "reference", 1024, "cuda", 8),
-        Cell("step", "default", 256, "cuda_fast", 16, parts=True),
+        Cell("step", "default", 256, "cuda_half", 48, second_start=True),
+        Cell("step", "default", 256, "cuda_fast", 48, parts=True, second_start=True),
     ]
 
 
@@ -239,6 +240,7 @@ def full(cuda: bool) -> list[Cell]:
         Cell("step", "default", 1024, "cuda_fast", 16, parts=True),
         Cell("step", "reference", 1024, "cuda", 1),
         Cell("step", "mobile", 1024, "cuda", 8),
+        Cell("step", "default", 256, "cuda", 48, second_start=True),
     ]
     return cells
 

@@ -192,6 +192,8 @@ class Hardware(Schema):
     """Fuse networks and terms by torch.compile: slow at the first start, then seconds."""
     graphs: bool = False
     """Capture a step as one CUDA graph."""
+    tune_convolutions: bool = True
+    """Let cuDNN try its algorithms once a shape (on CUDA): the start waits for it."""
 
     @property
     def batch_limit(self) -> int:

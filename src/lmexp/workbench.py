@@ -163,8 +163,8 @@ def _open_device(hardware: Hardware) -> torch.device:
                 f"hardware.device: cuda:{device.index}, but there are {count} GPUs; "
                 f"choices: {', '.join(f'cuda:{i}' for i in range(count))}"
             )
-        # A projection meets few shapes, and each of them often.
-        torch.backends.cudnn.benchmark = True
+        # A projection meets few shapes, and each of them often; trying takes its time, though.
+        torch.backends.cudnn.benchmark = hardware.tune_convolutions
         if device.index is not None:
             # Else whatever is opened without a name (pinned memory, streams) is on GPU 0.
             torch.cuda.set_device(device)

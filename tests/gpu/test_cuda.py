@@ -240,11 +240,12 @@ def test_a_term_that_reads_back_goes_without_a_graph_and_says_so(
 def test_cuda_fast_comes_to_what_cuda_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     last = {}
-    for choice in ("cuda", "cuda_fast"):
+    for choice in ("cuda", "cuda_half", "cuda_fast"):
         words = [*TINY, "optimizer.steps=30", f"hardware={choice}", f"output_dir={choice}"]
         lines = list(RunFolder(run(monkeypatch, *words)).read_metrics())
         last[choice] = lines[-1]["loss"]
         assert lines[-1]["loss"] < lines[0]["loss"]
+    assert last["cuda_half"] == pytest.approx(last["cuda"], rel=0.05)
     assert last["cuda_fast"] == pytest.approx(last["cuda"], rel=0.05)
 
 
