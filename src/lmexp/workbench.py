@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,11 @@ from lmexp.acceleration import Acceleration
 from lmexp.config import MOST_AT_ONCE, Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap
+from lmexp.faces import store
+from lmexp.faces.store import FaceStore
 from lmexp.faces.targets import AlignedFace
 from lmexp.landmarks import groups
+from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
 from lmexp.recording.progress import ProgressBar
@@ -97,6 +101,8 @@ class Workbench:
     ) -> AlignedFace:
         """A photo's face, aligned once: a sweep shows the same few photos to each of its jobs.
 
+        It is kept in `OUTPUT_DIR/.aligned`, for the runs that come later.
+
         Args:
             photo: the SHA-256 of its file.
             side: px.
@@ -105,9 +111,15 @@ class Workbench:
         """
         parts = (config.detector, config.landmarks)
         plain = [part.model_dump(mode="json", by_alias=True) for part in parts]
-        key = digest([*plain, photo, side, face])
+        network: HeatmapNetwork = self.component(config.landmarks)
+        key = digest([*plain, network.weights_sha256, photo, side, face, store.VERSION])
         if key not in self._faces:
-            self._faces[key] = align()
+            kept = FaceStore(Path(config.output_dir) / ".aligned")
+            found = kept.read(key)
+            if found is None:
+                found = align()
+                kept.write(key, found)
+            self._faces[key] = found
             if len(self._faces) > _FACES:
                 self._faces.pop(next(iter(self._faces)))
         return self._faces[key]

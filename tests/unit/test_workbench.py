@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -10,6 +14,9 @@ from lmexp.acceleration import PLAIN, Acceleration
 from lmexp.composition import conf_folder
 from lmexp.config import MOST_AT_ONCE, Component, Hardware, validate
 from lmexp.errors import LmexpError
+from lmexp.faces.protocol import FaceBox
+from lmexp.faces.store import FaceStore
+from lmexp.faces.targets import AlignedFace
 from lmexp.workbench import Workbench
 
 TINY = Component.model_validate({"_target_": "lmexp.generators.tiny_random.TinyRandom"})
@@ -54,16 +61,19 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_a_photo_is_aligned_once_for_all_jobs() -> None:
-    bench, made = Workbench(hardware()), []
+def test_a_photo_is_aligned_once_for_all_jobs(tmp_path: Path) -> None:
+    bench = Workbench(hardware())
+    made: list[AlignedFace] = []
 
-    def align() -> Any:
-        made.append(object())
+    def align() -> AlignedFace:
+        made.append(face_of(len(made)))
         return made[-1]
 
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
         config, other = (
-            validate(compose("config", overrides=[f"landmarks={name}"]))
+            validate(
+                compose("config", overrides=[f"landmarks={name}", f"output_dir={tmp_path}/runs"])
+            )
             for name in ("fan_slim", "fan_full")
         )
     first = bench.aligned_face(config, "sha", 256, None, align)
@@ -75,7 +85,72 @@ def test_a_photo_is_aligned_once_for_all_jobs() -> None:
     assert len(made) == 5
     for number in range(300):
         bench.aligned_face(config, f"photo {number}", 256, None, align)
-    assert bench.aligned_face(config, "sha", 256, None, align) is not first  # long forgotten
+    assert len(made) == 305
+    # Long forgotten, and still on the disk; so it is for another process.
+    for anyone in (bench, Workbench(hardware())):
+        again = anyone.aligned_face(config, "sha", 256, None, align)
+        assert again is not first and np.array_equal(again.image, first.image)
+    assert len(made) == 305
+    elsewhere = config.model_copy(update={"output_dir": str(tmp_path / "elsewhere")})
+    assert Workbench(hardware()).aligned_face(elsewhere, "sha", 256, None, align) is made[305]
+
+
+def face_of(number: int) -> AlignedFace:
+    random = np.random.default_rng(number)
+    return AlignedFace(
+        image=random.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+        landmarks=random.random((68, 2), dtype=np.float32),
+        affine=random.random((2, 3)),
+        box=FaceBox(1.5, 2, 30, 40, score=0.7, angle=-20.0),
+        photo_size=(640, 480),
+        warnings=("a.jpg: it is dark", "a.jpg: „two faces“"),
+    )
+
+
+def test_a_kept_face_comes_back_whole(tmp_path: Path) -> None:
+    store = FaceStore(tmp_path / "faces")
+    assert store.read("a") is None
+    generated = AlignedFace.of_aligned(np.zeros((4, 4, 3), np.uint8), np.ones((68, 2)))
+    for key, face in (("a", face_of(1)), ("b", generated)):
+        store.write(key, face)
+        again = store.read(key)
+        assert again is not None
+        for field in dataclasses.fields(AlignedFace):
+            there, here = getattr(again, field.name), getattr(face, field.name)
+            if isinstance(here, np.ndarray):
+                assert there.dtype == here.dtype and np.array_equal(there, here)
+            else:
+                assert there == here
+    assert [path.name for path in sorted(store.folder.iterdir())] == ["a.npz", "b.npz"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "no archive", "other arrays", "other box"])
+def test_a_damaged_face_is_aligned_anew(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FaceStore(tmp_path)
+    store.write("a", face_of(1))
+    path = tmp_path / "a.npz"
+    whole = path.read_bytes()
+    if damage == "other arrays":
+        np.savez(path, image=np.zeros(3))
+    elif damage == "other box":
+        about = json.dumps({"box": {"left": 1}, "photo_size": None, "warnings": []})
+        np.savez(path, image=1, landmarks=1, affine=1, about=np.array(about))
+    else:
+        path.write_bytes({"cut": whole[:-40], "empty": b"", "no archive": b"x" * 90}[damage])
+    with caplog.at_level("WARNING", logger="lmexp"):
+        assert store.read("a") is None
+    assert [r.getMessage().startswith(f"{path}: cannot be read") for r in caplog.records] == [True]
+
+
+def test_a_face_that_cannot_be_kept_costs_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with caplog.at_level("WARNING", logger="lmexp"):
+        FaceStore(tmp_path / "file").write("a", face_of(1))
+    assert "an aligned face cannot be kept" in caplog.text
 
 
 def test_hardware_says_how_steps_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
