@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -441,3 +442,45 @@ def test_commands_train_go_on_and_score(
     with pytest.raises(SystemExit):
         run(monkeypatch, training, *common, "--unlabelled", tmp_path, "--out", out)
     assert "--unlabelled needs a --teacher" in capsys.readouterr().err
+
+
+def test_judges_are_held_against_annotated_mouths(
+    siblings: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    judges = script("evaluate_judges")
+    ratios = (0.04, 0.2, 0.6)
+    for k, ratio in enumerate(ratios):
+        Image.new("RGB", (320, 320)).save(tmp_path / f"{k}.png")
+        write_pts(tmp_path / f"{k}.pts", open_by(ratio))
+
+    class HalfShut:
+        """Sees every mouth half as open as it is."""
+
+        def __init__(self) -> None:
+            self.left = list(ratios)
+
+        def look_at(self, picture: NDArray[np.uint8]) -> Any:
+            assert picture.shape == (256, 256, 3)
+            landmarks = open_by(self.left.pop(0) / 2).double().numpy()
+            return dlib_judge.Verdict(True, landmarks, np.zeros(128))
+
+    monkeypatch.setattr(judges, "DlibJudge", HalfShut)
+    assert judges.main(["--data", str(tmp_path)]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["0 to 0.1", "0.1 to 0.3", "0.5 to 0.7"]
+    found = [[float(n.strip("() ")) for n in row[3].strip().split(" ")] for row in rows]
+    for numbers, half in zip(found, (0.02, 0.1, 0.3), strict=True):
+        assert numbers == pytest.approx([half, -half], abs=2e-3)  # .pts files have three decimals
+    judges.main(["--data", str(tmp_path), "--least", "0.5"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert judges.main(["--data", str(tmp_path / "none")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def open_by(ratio: float) -> Tensor:
+    """[68, 2], the mean face with a mouth of that aspect ratio."""
+    face = mean_face()
+    middle = float(face[60, 1])
+    face[61:64, 1] = middle
+    face[65:68, 1] = middle + ratio * float(face[64, 0] - face[60, 0])
+    return face

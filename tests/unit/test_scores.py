@@ -56,11 +56,30 @@ class PretendNetwork(torch.nn.Module):
         return [images + 2]
 
 
+class PretendFan(torch.nn.Module):
+    """Heat maps of the face that `PretendJudge` sees, as a network of a second would draw them."""
+
+    seen: list[str] = []  # noqa: RUF012
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant = self.weights_sha256 = variant
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        (image,) = images
+        self.seen.append(self.variant)
+        blue = float(image[2].mean()) / 2 + 0.5
+        x, y = face_landmarks(SIDE, smile=2 * blue).T[:, :, None, None] / 4 - 0.5
+        places = torch.arange(SIDE / 4)
+        return torch.exp(-((places - x) ** 2 + (places[:, None] - y) ** 2) / 4)[None]
+
+
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Networks that cost nothing; the list of perceptual ones that were asked for."""
     asked: list[str] = []
     monkeypatch.setattr(independent, "DlibJudge", PretendJudge)
+    monkeypatch.setattr(independent, "EmbeddedFan", PretendFan)
     monkeypatch.setattr(
         independent, "load_network", lambda name: asked.append(name) or PretendNetwork()
     )
@@ -107,9 +126,38 @@ def test_numbers_by_hand(pretend: list[str]) -> None:
     assert row["judges"] == {
         "dlib_landmarks": "l",
         "dlib_identity": "i",
+        "fan": "full",
         "perceptual": "stlpips_vgg",
         "perceptual_weights": "p",
     }
+
+
+def test_a_second_judge_sees_the_same_shapes(pretend: list[str]) -> None:
+    PretendFan.seen.clear()
+    scores = IndependentScores(side=SIDE)
+    half, more = flat(0.8, 0.8, 0.25), flat(0.1, 0.2, 0.4)
+    for picture in (half, more):
+        (row,) = scores.score(exhibits(picture, inversion=half[None]))
+        for name in ("result", "look", "inversion", "expression"):
+            by_fan = row[name]["fan"]
+            assert by_fan["mouth_error"] == pytest.approx(row[name]["mouth_error"], abs=0.01)
+            for group in ("mouth", "left_eye", "nose_bridge"):  # the jaw leaves the picture
+                assert by_fan["nme"][group] == pytest.approx(row[name]["nme"][group], abs=0.05)
+            assert set(by_fan) == {key for key in row[name] if "e_error" in key or "nme" in key} | {
+                "mouth_error",
+                "mouth_aspect_ratio",
+                "eye_aspect_ratio",
+            }
+    # Look, expression and inversion (which is the first result) once.
+    assert PretendFan.seen == ["full"] * 4
+
+
+def test_a_landmark_network_that_was_optimised_is_no_judge(pretend: list[str]) -> None:
+    scores = IndependentScores(side=SIDE)
+    for optimised, judge in (({"full"}, "slim"), ({"slim"}, "full"), ({"full", "slim"}, None)):
+        (row,) = scores.score(exhibits(flat(0, 0, 0)), optimised)
+        assert row["judges"].get("fan") == judge
+        assert ("fan" in row["result"]) == (judge is not None)
 
 
 def test_what_changed_does_not_count_outside(pretend: list[str]) -> None:
@@ -194,7 +242,7 @@ def test_missing_judges_are_warned_of_once(
 
     monkeypatch.setattr(independent, "DlibJudge", miss)
     monkeypatch.setattr(independent, "load_network", miss)
-    scores = IndependentScores(side=SIDE)
+    scores = IndependentScores(side=SIDE, fans=())
     samples = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
     ws = samples[:3][None]
     for _ in range(2):

@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lmexp.errors import LmexpError
+from lmexp.landmarks.decoding import decode
+from lmexp.landmarks.embedded import EmbeddedFan
 from lmexp.landmarks.groups import GROUPS
 from lmexp.losses.lpips import feature_distance, normalise, spread
 from lmexp.losses.mask import Region, keep_mask
@@ -35,6 +37,7 @@ _REMEMBERED = 256
 """Likenesses of baselines that are kept: the same photos come again in every job of a sweep."""
 
 PerceptualJudge = Literal["stlpips_alex", "stlpips_vgg", "hed_vgg16"]
+LandmarkJudge = Literal["full", "slim"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class IndependentScores:
         likeness_side: LPIPS is measured on pictures of this side, px. Its networks' heads were
             fitted to people's judgements of patches of 64 px.
         perceptual: networks for LPIPS; the first whose weights were not optimised judges.
+        fans: packaged landmark networks; the first whose weights were not optimised is the second
+            judge of landmarks and openings. dlib's takes wide-open mouths for half open ones.
         changed: regions, in both photos, that count as changed where LPIPS is measured
             outside of what changed.
         dilation, softness: of these regions; see `keep_mask`.
@@ -79,6 +84,7 @@ class IndependentScores:
         side: Annotated[int, Field(ge=128)] = 256,
         likeness_side: Annotated[int, Field(ge=64)] = 128,
         perceptual: tuple[PerceptualJudge, ...] = ("stlpips_vgg", "hed_vgg16", "stlpips_alex"),
+        fans: tuple[LandmarkJudge, ...] = ("full", "slim"),
         changed: tuple[Region, ...] = ("mouth", "eyes", "brows"),
         dilation: Annotated[float, Field(ge=0)] = 0.08,
         softness: Annotated[float, Field(ge=0)] = 0.05,
@@ -88,6 +94,7 @@ class IndependentScores:
         self.side = side
         self.likeness_side = likeness_side
         self.perceptual = perceptual
+        self.fans = fans
         self.changed = changed
         self.dilation = dilation
         self.softness = softness
@@ -99,6 +106,8 @@ class IndependentScores:
         self._space: tuple[Tensor, GaussianSpace] | None = None
         self._look: tuple[str, list[Tensor]] | None = None
         self._likenesses: OrderedDict[str, dict[str, float]] = OrderedDict()
+        self._fan: dict[LandmarkJudge, EmbeddedFan] = {}
+        self._found: OrderedDict[str, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def score(self, exhibits: Exhibits, optimised: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -116,6 +125,7 @@ class IndependentScores:
         rows: list[dict[str, Any]] = [{name: {} for name in pictures} for _ in range(jobs)]
         judges: dict[str, Any] = {}
         self._score_faces(pictures, rows, judges)
+        self._score_shapes(pictures, optimised, rows, judges)
         self._score_likeness(pictures, exhibits, optimised, rows, judges)
         self._score_latents(exhibits, rows)
         for row in rows:
@@ -165,6 +175,42 @@ class IndependentScores:
             except LmexpError as error:
                 self._miss("dlib", "identity, landmarks and openings", error)
         return self._dlib
+
+    # -- FAN --------------------------------------------------------------------------------
+
+    def _score_shapes(
+        self,
+        pictures: Mapping[str, Tensor],
+        optimised: Collection[str],
+        rows: list[dict[str, Any]],
+        judges: dict[str, Any],
+    ) -> None:
+        for variant in self.fans:
+            network = self._fan.setdefault(variant, EmbeddedFan(variant).eval())
+            if network.weights_sha256 not in optimised:
+                break
+        else:
+            return
+        judges["fan"] = network.weights_sha256
+        found = {
+            name: torch.cat([self._find_landmarks(network, image[None]) for image in images])
+            for name, images in pictures.items()
+        }
+        for name, landmarks in found.items():
+            measured = _compare_shapes(landmarks, found["expression"])
+            for k, row in enumerate(rows):
+                row[name]["fan"] = _row(measured, k)
+
+    def _find_landmarks(self, network: EmbeddedFan, picture: Tensor) -> Tensor:
+        """[1, 3, s, s] -> [1, 68, 2], float64, on the CPU; of the same photo remembered."""
+        key = _digest(network.weights_sha256, picture)
+        if key not in self._found:
+            maps = network.to(picture.device)(picture)
+            self._found[key] = decode(maps, picture.shape[-1]).double().cpu()
+        self._found.move_to_end(key)
+        while len(self._found) > _REMEMBERED:
+            self._found.popitem(last=False)
+        return self._found[key]
 
     # -- likeness ---------------------------------------------------------------------------
 
@@ -282,19 +328,26 @@ class IndependentScores:
 
 def _compare(now: _Faces, look: _Faces, expression: _Faces) -> dict[str, Any]:
     """Every number that dlib gives for pictures `now`; tensors [N], nested by name."""
-    aligned = align_by_similarity(now.landmarks, expression.landmarks)
-    mouth, eyes = mouth_aspect_ratio(now.landmarks), eye_aspect_ratio(now.landmarks)
     return {
         "identity_cosine": _identity_cosine(now.identity, look.identity),
         "identity_distance": torch.linalg.vector_norm(now.identity - look.identity, dim=1),
         "leak_cosine": _identity_cosine(now.identity, expression.identity),
         "leak_distance": torch.linalg.vector_norm(now.identity - expression.identity, dim=1),
-        "nme": _with_mouth(nme(now.landmarks, expression.landmarks)),
-        "nme_aligned": _with_mouth(nme(aligned, expression.landmarks)),
+        **_compare_shapes(now.landmarks, expression.landmarks),
+    }
+
+
+def _compare_shapes(now: Tensor, expression: Tensor) -> dict[str, Any]:
+    """What landmarks [N, 68, 2] say, px; tensors [N], nested by name."""
+    aligned = align_by_similarity(now, expression)
+    mouth, eyes = mouth_aspect_ratio(now), eye_aspect_ratio(now)
+    return {
+        "nme": _with_mouth(nme(now, expression)),
+        "nme_aligned": _with_mouth(nme(aligned, expression)),
         "mouth_aspect_ratio": mouth,
-        "mouth_error": (mouth - mouth_aspect_ratio(expression.landmarks)).abs(),
+        "mouth_error": (mouth - mouth_aspect_ratio(expression)).abs(),
         "eye_aspect_ratio": eyes,
-        "eye_error": (eyes - eye_aspect_ratio(expression.landmarks)).abs(),
+        "eye_error": (eyes - eye_aspect_ratio(expression)).abs(),
     }
 
 

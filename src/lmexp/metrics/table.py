@@ -56,6 +56,8 @@ COLUMNS = (
     Column("nme_aligned.mouth", "mouth NME, aligned", "%", 2, of_look=True),
     Column("nme_aligned.all", "NME, aligned", "%", 2, of_look=True),
     Column("nme.all", "NME", "%", 2, of_look=True),
+    Column("fan.mouth_error", "mouth error, FAN", of_look=True),
+    Column("fan.nme_aligned.mouth", "mouth NME, aligned, FAN", "%", 2, of_look=True),
     Column("lpips", "LPIPS"),
     Column("lpips_outside", "LPIPS outside"),
     Column("manifold", "manifold", "", 2),
