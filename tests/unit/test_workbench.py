@@ -61,6 +61,16 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen == [torch.device("cuda:1")]
 
 
+@pytest.mark.parametrize("tuned", [True, False])
+def test_whether_cudnn_tries_its_algorithms(monkeypatch: pytest.MonkeyPatch, tuned: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not tuned)
+    Workbench(hardware("cuda:0").model_copy(update={"tune_convolutions": tuned}))
+    assert torch.backends.cudnn.benchmark is tuned
+
+
 def test_a_photo_is_aligned_once_for_all_jobs(tmp_path: Path) -> None:
     bench = Workbench(hardware())
     made: list[AlignedFace] = []
