@@ -275,6 +275,12 @@ class Pareto:
         # The knee first: it gets the best place.
         places.sort(key=lambda place: place[0] is not knee)
         marks = [(x, y) for _, x, y in places]
+        # Nor may a picture hide what is written beside a point; a letter is half as wide as high.
+        letter = (self.font_size - 1) / 72 / 2
+        for point, x, y in places:
+            if point.kind != "sweep":
+                sign = -1 if point.kept > (x0 + x1) / 2 else 1
+                marks += [(x + sign * letter * k, y) for k in range(len(point.label) + 2)]
         side, taken = self.thumbnail, list[tuple[float, float]]()
         for point, x, y in places:
             centre = _free_place((x, y), side, taken, marks, box, below=line)
