@@ -1,6 +1,6 @@
 """How far the judges of landmarks can be trusted: their mouths against annotated ones.
 
-    python scripts/evaluate_judges.py --data HELEN/testset [--data HELEN/trainset …]
+    python scripts/evaluate_judges.py --data HELEN/testset [HELEN/trainset …]
 
 Folders hold NAME.jpg and NAME.pts (300-W). Every face is framed as FFHQ's are, at 256 px, as the
 scores see it; dlib's predictor and the packaged FANs say how far its mouth is open, and the

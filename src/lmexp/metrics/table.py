@@ -285,8 +285,7 @@ def _intervals(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = [f"*{row.name}*" if row.baseline else row.name, str(row.pairs)]
         for column in columns:
-            share = row.identity_kept if column.key == "identity_cosine" else None
-            share = row.shares.get(column.key, share)
+            share = _share(row, column)
             if share is None or _is_its_own(row, column):
                 cells.append("–")
             else:
@@ -322,6 +321,13 @@ def _comparison(rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
+def _share(row: Row, column: Column) -> float | None:
+    """Of the inversion's identity, or of the unchanged look's number; None where it has none."""
+    if column.key == "identity_cosine":
+        return row.identity_kept
+    return row.shares.get(column.key)
+
+
 def _head(titles: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
 
@@ -337,8 +343,7 @@ def _markdown(rows: Sequence[Row], *, medians: bool) -> list[str]:
         for column in columns:
             value = (row.medians if medians else row.means).get(column.key)
             cell = "–" if value is None else f"{value:.{column.digits}f}"
-            share = row.identity_kept if column.key == "identity_cosine" else None
-            share = row.shares.get(column.key, share)
+            share = _share(row, column)
             if share is not None and not medians and not _is_its_own(row, column):
                 cell += f" ({share:.0%})"
             cells.append(cell)
