@@ -7,6 +7,7 @@ the others alone. The same jobs again finish what is unfinished and skip what is
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 import traceback
@@ -146,21 +147,28 @@ class _Session:
                 reason = "not started: stopped before its turn"
                 self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
             return
+        fault: Exception | str
         try:
             context = self.bench.context(members[0][1].config)
             ready = list(self._align(members, context))
             for portion in self._portions(ready):
                 self._project(portion, context)
+            return
         except Interrupted:
             for index, job in self._left(members):
                 reason = "stopped while its look was inverted"
                 self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
+            return
         except DiskFullError:
             raise
         except torch.cuda.OutOfMemoryError:
-            self._halve(self._left(members), "the GPU has too little memory for a single job")
+            fault = "the GPU has too little memory for a single job"
         except Exception as error:
-            self._halve(self._left(members), error)
+            # Its frames hold the batch's tensors, which would leave no memory to the halves.
+            traceback.clear_frames(error.__traceback__)
+            fault = error
+        # Here, for within an `except` the exception that is handled keeps those frames alive.
+        self._halve(self._left(members), fault)
 
     def _left(self, members: Sequence[tuple[int, Job]]) -> list[tuple[int, Job]]:
         return [(index, job) for index, job in members if index not in self.outcomes]
@@ -173,6 +181,7 @@ class _Session:
             return
         half = (len(left) + 1) // 2
         if isinstance(fault, str):
+            gc.collect()
             torch.cuda.empty_cache()
             log.warning("the GPU's memory does not hold %d jobs; going on with %d", len(left), half)
         else:
@@ -205,7 +214,7 @@ class _Session:
             try:
                 look = self._face(job.config, job.look, "look", context)
                 expression = self._face(job.config, job.expression, "expression", context)
-            except DiskFullError:
+            except (DiskFullError, torch.cuda.OutOfMemoryError):  # no fault of this job's
                 raise
             except Exception as error:
                 self._fail(index, job, error)

@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import CommandLine, environment, latents, read_index
 
 from lmexp.recording import atomic_file
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
+from lmexp.runner import _Session
 
 HERE = Path(__file__).parent
 SMALL = (
@@ -210,3 +214,50 @@ def test_the_index_keeps_the_command(lmexp: CommandLine) -> None:
     assert lmexp(*words).code == 0
     kept = json.loads((lmexp.sweep_folder() / "index.json").read_text())["command"]
     assert kept.startswith("python -m lmexp -m experiment=debug") and "'loss=[prior,noise]'" in kept
+
+
+class Held:
+    """What a batch holds on to, as tensors of a GPU."""
+
+
+@pytest.mark.parametrize("fault", [torch.cuda.OutOfMemoryError, RuntimeError])
+def test_what_a_failed_batch_held_is_free_before_its_halves_begin(
+    fault: type[Exception], lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _Session._project
+    sizes, held, still_held = [], [], []
+
+    def project(session: _Session, members: Any, context: Any) -> None:
+        sizes.append(len(members))
+        still_held.append(sum(one() is not None for one in held))
+        if len(members) > 1:
+            tensors = Held()
+            held.append(weakref.ref(tensors))
+            raise fault("no memory")
+        whole(session, members, context)
+
+    monkeypatch.setattr(_Session, "_project", project)
+    answer = lmexp(*SMALL, "-m", "seed=1,2,3,4", "hardware.batch_size=4")
+    assert answer.code == 0, answer
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert still_held == [0] * 7
+    assert states(lmexp) == ["finished"] * 4
+
+
+def test_memory_that_ends_while_faces_are_aligned_halves_the_batch_too(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = _Session._face
+    calls = []
+
+    def face(session: _Session, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.cuda.OutOfMemoryError("no memory")
+        return whole(session, *args)
+
+    monkeypatch.setattr(_Session, "_face", face)
+    answer = lmexp(*SMALL, "-m", "seed=1,2", "hardware.batch_size=2")
+    assert answer.code == 0, answer
+    assert len(calls) > 4
+    assert states(lmexp) == ["finished"] * 2

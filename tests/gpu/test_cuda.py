@@ -264,11 +264,10 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
         monkeypatch.setattr(
             sys, "argv", ["lmexp", *words, *sweep, "hardware.batch_size=12", "output_dir=runs"]
         )
-        with pytest.raises(SystemExit) as stop, caplog.at_level("WARNING", logger="lmexp"):
-            cli.main()
+        with caplog.at_level("WARNING", logger="lmexp"):
+            cli.main()  # a sweep that ends well returns, it does not exit
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert stop.value.code == 0
     states = [json.loads(p.read_text())["state"] for p in Path("runs").glob("**/status.json")]
     assert states == ["finished"] * 12
     assert "the GPU's memory does not hold 12 jobs; going on with 6" in caplog.text
@@ -279,9 +278,7 @@ def test_the_size_of_a_batch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     words = ["optimizer.steps=4", "latent.start=mean", "tracker=none", "scores=none", "figure=[]"]
     words += ["-m", "seed=1,2,3", "hardware=cuda", "output_dir=runs"]
     monkeypatch.setattr(sys, "argv", ["lmexp", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
+    cli.main()
     summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
     assert [summary["batch_size"] for summary in summaries] == [3, 3, 3]
 
@@ -310,12 +307,10 @@ def test_a_sweep_on_all_gpus_uses_each_and_leaves_the_others_alone(
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
+        cli.main()
     finally:
         over.set()
         watcher.join()
-    assert stop.value.code == 0
     summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
     assert len(summaries) == 8
     assert len({summary["device_uuid"] for summary in summaries}) == torch.cuda.device_count()
