@@ -146,6 +146,10 @@ class Latent(Schema):
     samples_seed: Annotated[int, Field(ge=0, lt=2**32)]
     inversion: Optimizer
     """How the look is inverted first; read when `start` is `inversion`."""
+    truncation_psi: Annotated[float, Field(ge=0, le=1)]
+    """How far from w_avg the projection starts, towards the inversion: 1: at the inversion, 0: at
+    w_avg. The truncation trick of StyleGAN (Karras et al., arXiv 1812.04948, appendix B), for it
+    leads back to where faces are common. Read when `start` is `inversion`."""
     head_start: Annotated[float, Field(ge=0, le=1.5)]
     """Share of the way to the expression that the inversion is moved before the first step, along
     the generator's own statistics; see `lmexp.expression_map`. Read when `start` is `inversion`."""

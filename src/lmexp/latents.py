@@ -106,6 +106,11 @@ def start_at_mean(
     return Latents(ws=ws, noise_bufs=noise_bufs)
 
 
+def truncate(ws: Tensor, statistics: LatentStatistics, psi: float) -> Tensor:
+    """ws [N, L, w_dim] moved towards w_avg: 1 leaves them where they are, 0 ends at w_avg."""
+    return torch.lerp(statistics.w_avg.to(ws), ws, psi)
+
+
 def expand(ws: Tensor, num_ws: int) -> Tensor:
     """[N, 1 or num_ws, w_dim] -> [N, num_ws, w_dim]."""
     return ws.expand(-1, num_ws, -1)

@@ -32,7 +32,7 @@ from lmexp.jobs import Job, Outcome, Request, Settle, open_jobs
 from lmexp.landmarks import groups
 from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.protocol import HeatmapNetwork
-from lmexp.latents import Latents, expand, mark_moving, start_at_mean
+from lmexp.latents import Latents, expand, mark_moving, start_at_mean, truncate
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets
 from lmexp.metrics.nme import nme
@@ -300,6 +300,8 @@ class _Session:
                     [noise[k].float().cpu().numpy() for noise in start.noise_bufs],
                 )
         if inverted is not None:
+            psi = config.latent.truncation_psi
+            start = replace(start, ws=truncate(start.ws, context.latent_statistics, psi))
             start = self._head_start(jobs, context, targets, start)
         starts = Starts(config.latent.starts, config.latent.starts_spread)
         objective = self._objective(starts.repeat(jobs), starts.repeat_targets(targets))
@@ -538,7 +540,7 @@ class _Session:
         latent = {
             key: value
             for key, value in plain["latent"].items()
-            if not key.startswith(("head_start", "moving_ws", "starts"))
+            if not key.startswith(("head_start", "moving_ws", "starts", "truncation_psi"))
         }
         parts = [plain["generator"], latent, used, job.config.seed, job.look.digest]
         return digest(

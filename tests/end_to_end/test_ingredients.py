@@ -83,6 +83,27 @@ def test_only_the_moving_ws_leave_the_inversion(lmexp: CommandLine) -> None:
     assert (moved[[0, 3, 4]] == 0).all()
 
 
+def test_a_start_between_the_mean_and_the_inversion(lmexp: CommandLine) -> None:
+    stays = [0, 3, 4]
+    words = [*TINY, "latent.head_start=0", "latent.moving_ws=[1,3]"]
+    starts = {}
+    seen: set[Path] = set()
+    for psi in (0, 0.25, 1):
+        answer = lmexp(*words, f"latent.truncation_psi={psi}")
+        assert answer.code == 0
+        assert ("inverting" in answer.err) == (psi == 0)  # one inversion serves them all
+        (path,) = set(lmexp.run_folders()) - seen
+        seen.add(path)
+        starts[psi] = latents(path)[:, stays]
+        with np.load(path / "inversion_w.npz") as stored:
+            inversion = stored["w"][:, stays]
+    np.testing.assert_array_equal(starts[1], inversion)
+    w_avg = starts[0]
+    np.testing.assert_array_equal(w_avg, w_avg[:, :1].repeat(3, axis=1))
+    assert np.abs(inversion - w_avg).max() > 1e-3
+    np.testing.assert_allclose(starts[0.25], 0.75 * w_avg + 0.25 * inversion, atol=1e-6)
+
+
 def test_ws_that_the_generator_does_not_have(lmexp: CommandLine) -> None:
     answer = lmexp(*TINY, "latent.moving_ws=[7,9]")
     assert answer.code == 1
