@@ -28,6 +28,7 @@ import random
 import shlex
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -247,6 +248,7 @@ def run_all(
         for name, overrides, pair, _ in plan
     ]
     out.mkdir(parents=True, exist_ok=True)
+    written = 0.0
 
     def settle(place: int, outcome: Outcome) -> None:
         jobs[place] = replace(
@@ -255,12 +257,19 @@ def run_all(
             state=outcome.state,
             reason="" if outcome.summary else outcome.reason,
         )
-        write_index(out, jobs)
+        # Of hundreds of jobs, the index takes as long to write as one of them does to finish.
+        nonlocal written
+        if time.monotonic() - written > 1:
+            write_index(out, jobs)
+            written = time.monotonic()
 
     # The recipe's overrides go into the summary, where the figures find the line to copy.
     requests = [Request(config, (name, *overrides)) for name, overrides, _, config in plan]
-    with _limit(seconds) as stop:
-        run(requests, out / "runs", out.name, stop=stop, settle=settle)
+    try:
+        with _limit(seconds) as stop:
+            run(requests, out / "runs", out.name, stop=stop, settle=settle)
+    finally:
+        write_index(out, jobs)
     return jobs
 
 

@@ -141,6 +141,8 @@ class Latent(Schema):
 
     space: Literal["w", "w_plus"]
     start: Literal["mean", "inversion"]
+    """`inversion`: the look is inverted first, `truncation_psi` says how far towards that the
+    projection starts, and the inversion is strength 0 of the dial. `mean`: nothing is inverted."""
     samples: Annotated[int, Field(ge=2)]
     """Draws of the mapping network for w_avg, w_std and the prior."""
     samples_seed: Annotated[int, Field(ge=0, lt=2**32)]

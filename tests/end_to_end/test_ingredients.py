@@ -75,7 +75,7 @@ def test_the_best_of_several_starts(lmexp: CommandLine, monkeypatch: pytest.Monk
 
 
 def test_only_the_moving_ws_leave_the_inversion(lmexp: CommandLine) -> None:
-    assert lmexp(*TINY, "latent.head_start=0", "latent.moving_ws=[1,3]").code == 0
+    assert lmexp(*TINY, "latent.truncation_psi=1", "latent.moving_ws=[1,3]").code == 0
     path = lmexp.only_run()
     with np.load(path / "inversion_w.npz") as stored:
         moved = np.abs(latents(path) - stored["w"]).max((0, 2))

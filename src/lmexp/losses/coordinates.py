@@ -51,7 +51,7 @@ class LandmarkCoordinates:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 8.0,
+        weight: Annotated[float, Field(ge=0)] = 16.0,
         jitter: Annotated[float, Field(ge=0, le=3)] = 1.0,
     ) -> None:
         self.weight = weight

@@ -76,7 +76,7 @@ class IdentityDistance:
 
     needs_expression: ClassVar[bool] = False
 
-    def __init__(self, weight: Annotated[float, Field(ge=0)] = 0.5) -> None:
+    def __init__(self, weight: Annotated[float, Field(ge=0)] = 1.0) -> None:
         self.weight = weight
         self._loaded: IdentityNetwork | None = None
 

@@ -109,7 +109,7 @@ class LandmarkHeatmaps:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 0.2,
+        weight: Annotated[float, Field(ge=0)] = 0.4,
         norm: Literal["l1", "l2"] = "l2",
         squared_group_weights: bool = False,
         tip_in_lower_nose: bool = False,

@@ -80,7 +80,7 @@ class LatentPrior:
 
     def __init__(
         self,
-        weight: Annotated[float, Field(ge=0)] = 0.1,
+        weight: Annotated[float, Field(ge=0)] = 0.3,
         variance_floor: Annotated[float, Field(gt=0, lt=1)] = 1e-4,
     ) -> None:
         self.weight = weight

@@ -6,6 +6,7 @@ import hashlib
 import platform
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -65,14 +66,21 @@ class GitState:
         return described
 
 
-def describe_versions() -> dict[str, str]:
-    """Versions of Python, of the system and of the installed ones of `PACKAGES`."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
+@cache
+def _installed() -> dict[str, str]:
+    """Versions of `PACKAGES`: looked up once, for it takes as long as writing a picture."""
+    found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of Python, of the system and of the installed ones of `PACKAGES`."""
+    found = {"python": platform.python_version(), "system": platform.platform(), **_installed()}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
