@@ -10,12 +10,15 @@ from typing import Any
 
 from benchmark_tables import milliseconds, read_results
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lmexp.errors import LmexpError
 from lmexp.figures.paper import PAGE_WIDTH, Sheet, paper_style, pick_colours, save_figure
 
 HEIGHT = 5.2
+ENTRY = 0.13
+"""In, of a line of the legend below."""
 STEPS = 1000
 """Of the published recipe, to which the start's seconds are set in relation."""
 
@@ -37,14 +40,14 @@ def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
         raise LmexpError("--plot: no step was measured in these files; run the benchmark first")
     stem.parent.mkdir(parents=True, exist_ok=True)
     with paper_style(8):
-        sheet = Sheet(PAGE_WIDTH, HEIGHT, 200)
+        names = sorted({label(cell) for cell in cells})
+        sheet = Sheet(PAGE_WIDTH, HEIGHT + ENTRY * (len(names) // 2 + 2), 200)
         plots = (
             (draw_batches, "jobs at once", "ms a step and image"),
             (draw_resolutions, "side of the image, px", "ms a step and image"),
             (draw_steps, "steps", "s an image, from the command on"),
             (draw_gpus, "GPUs", "steps · images a second"),
         )
-        names = sorted({label(cell) for cell in cells})
         colours = dict(zip(names, pick_colours(len(names)), strict=True))
         for index, (draw, across, up) in enumerate(plots):
             left = 0.55 + (index % 2) * PAGE_WIDTH / 2
@@ -54,8 +57,14 @@ def draw_plots(paths: Sequence[Path], stem: Path) -> list[Path]:
             draw(axes, cells, colours)
             if not axes.lines:
                 axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
-            else:
-                axes.legend(fontsize=6)
+        # One for all four: in the plots it would lie over the lines.
+        entries = [Line2D([], [], color=colours[name], label=name) for name in names]
+        sides = sorted({cell["resolution"] for cell in cells if cell["devices"] == 1})
+        entries += [
+            Line2D([], [], color="0.3", linestyle=STYLES.get(side, "-"), label=f"{side} px")
+            for side in sides
+        ]
+        sheet.figure.legend(handles=entries, loc="lower center", ncol=3, fontsize=6)
         return save_figure(sheet.figure, stem)
 
 
@@ -89,6 +98,20 @@ def plot(axes: Axes, line: Line, colour: str, name: str, style: str = "-") -> No
     places = sorted(line)
     values = [line[place] for place in places]
     axes.plot(places, values, style, marker="o", markersize=3, color=colour, label=name)
+
+
+def note(axes: Axes, line: Any, text: str) -> None:
+    """A few words at a line's end, in its colour."""
+    x, y = line.get_xdata()[-1], line.get_ydata()[-1]
+    axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=5,
+        color=line.get_color(),
+    )
 
 
 def use_powers(axes: Axes, places: Iterable[float]) -> None:
@@ -127,6 +150,7 @@ def draw_resolutions(axes: Axes, cells: list[dict[str, Any]], colours: dict[str,
             named = f"{name}, batch {batch}"
             lines = collect(by_batch[batch], lambda c, n=named: n, "resolution", median)  # type: ignore[misc]
             plot(axes, lines[named][1], colours[name], named)
+            note(axes, axes.lines[-1], f"{batch} at once")
             places |= set(lines[named][1])
     if places:
         use_powers(axes, places)
@@ -154,12 +178,11 @@ def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str])
             warm = cell["warm_up_steps"]
             places = [warm + (STEPS - warm) * part / 50 for part in range(51)]
             seconds = [(begun + (place - warm) * each) / images for place in places]
-            size = f"{cell['resolution']} px, batch {cell['batch']}{which}"
-            style = "--" if which else "-"
-            axes.plot(places, seconds, style, color=colours[name], label=f"{name}, {size}")
+            style = STYLES.get(cell["resolution"], "-")
+            (drawn,) = axes.plot(places, seconds, style, color=colours[name], label=name + which)
+            note(axes, drawn, f"{images} at once{which}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(top=8 * axes.get_ylim()[1])  # room for the legend
 
 
 def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -173,6 +196,7 @@ def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) 
     )
     for name, (cell, line) in lines.items():
         rates = {place: -rate for place, rate in line.items()}
-        plot(axes, rates, colours[label(cell)], name)
+        plot(axes, rates, colours[label(cell)], name, STYLES.get(cell["resolution"], "-"))
+        note(axes, axes.lines[-1], f"{cell['batch']} at once")
         axes.set_xticks(sorted(rates))
         axes.set_ylim(bottom=0)

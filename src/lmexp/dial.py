@@ -1,7 +1,7 @@
 """`python -m lmexp.dial RUN`: a finished run's expression at any strength, without optimising.
 
-The run began at the look's inversion and ended with the expression; the latents between the
-two are more or less of the expression, those beyond it exaggerate it:
+The run inverted the look and ended with the expression; the latents between the two are more or
+less of the expression, those beyond it exaggerate it:
 
     ws(s) = ws_inversion + s · (ws_projection − ws_inversion)
 

@@ -20,10 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lmexp import expression_map, inputs
+from lmexp import expression_map
 from lmexp.config import Experiment, Optimizer, digest
 from lmexp.errors import LmexpError
-from lmexp.faces.agreement import lay_over
 from lmexp.faces.targets import AlignedFace, align_photo
 from lmexp.follower import Follower
 from lmexp.inputs import Source
@@ -220,7 +219,7 @@ class _Session:
                 self._fail(index, job, error)
                 continue
             if job.config.inputs.lay_over:
-                expression = lay_over(expression, look)
+                expression = self.bench.laid_over(expression, look)
             job.faces = (look, expression)
             yield index, job
 
@@ -233,7 +232,8 @@ class _Session:
     ) -> AlignedFace:
         side = context.generator.resolution
         if source.path is None:
-            return self._generated_face(source, context)
+            assert source.seed is not None
+            return self.bench.generated_face(config, source.seed)
         path, which = source.path, config.inputs.face_of(role)
 
         def align() -> AlignedFace:
@@ -250,12 +250,6 @@ class _Session:
         for warning in face.warnings:
             log.warning("inputs.%s: %s", role, warning)
         return face
-
-    def _generated_face(self, source: Source, context: Context) -> AlignedFace:
-        """A face of the generator: aligned by construction."""
-        assert source.seed is not None
-        image, landmarks = inputs.generate_face(context, source.seed)
-        return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
 
     def _portions(self, ready: Sequence[tuple[int, Job]]) -> Iterator[Sequence[tuple[int, Job]]]:
         """As many jobs at a time as the memory holds, if that is to be found out."""
@@ -553,7 +547,7 @@ def _last_step(folder: RunFolder) -> dict[str, Any]:
 
     A plateau can make the steps fewer than `optimizer.steps`.
     """
-    last = folder.read_metrics()[-1]
+    last = folder.read_last_metrics()
     losses = {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
     return {"steps_taken": last["step"] + 1, "losses": losses}
 

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lmexp import expression_map, rehearsal
+from lmexp import expression_map, inputs, rehearsal
 from lmexp.acceleration import Acceleration
 from lmexp.config import MOST_AT_ONCE, Component, Experiment, Hardware, Latent, digest
 from lmexp.errors import LmexpError
 from lmexp.expression_map import ExpressionMap
 from lmexp.faces import store
+from lmexp.faces.agreement import lay_over
 from lmexp.faces.store import FaceStore
 from lmexp.faces.targets import AlignedFace
 from lmexp.landmarks import groups
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics, measure
 from lmexp.losses.protocol import Context, Term
+from lmexp.recording.images import to_picture
 from lmexp.recording.progress import ProgressBar
 
 _HALF = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _FACES = 256
 """Aligned faces that are kept; one of 1024 px takes 3 MiB."""
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
 
 
 class Workbench:
@@ -45,6 +50,7 @@ class Workbench:
         )
         self._built: dict[str, Any] = {}
         self._faces: dict[str, AlignedFace] = {}
+        self._laid_over: dict[tuple[int, int], tuple[AlignedFace, AlignedFace, AlignedFace]] = {}
 
     def context(self, config: Experiment) -> Context:
         generator = self.module(config.generator)
@@ -113,16 +119,38 @@ class Workbench:
         plain = [part.model_dump(mode="json", by_alias=True) for part in parts]
         network: HeatmapNetwork = self.component(config.landmarks)
         key = digest([*plain, network.weights_sha256, photo, side, face, store.VERSION])
-        if key not in self._faces:
+
+        def find() -> AlignedFace:
             kept = FaceStore(Path(config.output_dir) / ".aligned")
             found = kept.read(key)
             if found is None:
                 found = align()
                 kept.write(key, found)
-            self._faces[key] = found
-            if len(self._faces) > _FACES:
-                self._faces.pop(next(iter(self._faces)))
-        return self._faces[key]
+            return found
+
+        return _keep(self._faces, key, find)
+
+    def generated_face(self, config: Experiment, seed: int) -> AlignedFace:
+        """A face of the generator: aligned by construction."""
+        parts = (config.generator, config.landmarks, config.latent)
+        plain = [part.model_dump(mode="json", by_alias=True) for part in parts]
+        key = digest(["generated", *plain, seed])
+
+        def make() -> AlignedFace:
+            image, landmarks = inputs.generate_face(self.context(config), seed)
+            return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
+
+        return _keep(self._faces, key, make)
+
+    def laid_over(self, expression: AlignedFace, look: AlignedFace) -> AlignedFace:
+        """The expression's face laid over the look's, once a pair: resampling takes 0.1 s."""
+        # The entry holds both faces, so that nothing else gets their ids.
+        entry = _keep(
+            self._laid_over,
+            (id(expression), id(look)),
+            lambda: (expression, look, lay_over(expression, look)),
+        )
+        return entry[2]
 
     def expression_map(self, config: Experiment) -> ExpressionMap:
         """How the generator's latents move its landmarks; measured once if nobody has yet."""
@@ -157,6 +185,15 @@ class Workbench:
             )
         statistics: LatentStatistics = self._built[key]
         return statistics
+
+
+def _keep(known: dict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
+    """What is known by that key, or made now; the oldest of more than `_FACES` are forgotten."""
+    if key not in known:
+        known[key] = make()
+        if len(known) > _FACES:
+            known.pop(next(iter(known)))
+    return known[key]
 
 
 def _open_device(hardware: Hardware) -> torch.device:

@@ -61,6 +61,29 @@ def test_config_comes_back_with_its_order_and_its_types(folder: RunFolder) -> No
     assert isinstance(read["alpha"]["a"], str)
 
 
+TEXTS = ("1e5", "nan", "yes", "null", "~", "", "0x10", "2026-11-30", "a: b", "#x", "*x", "a\nb")
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_looks_like_something_else_stays_text(folder: RunFolder, text: str) -> None:
+    shared = [1, 2]
+    folder.write_config({"text": text, "one": shared, "other": shared})
+    assert folder.read_config() == {"text": text, "one": [1, 2], "other": [1, 2]}
+    assert "&" not in (folder.path / "config.yaml").read_text()  # no anchors for people to follow
+
+
+def test_the_last_metrics_are_those_of_the_last_whole_line(folder: RunFolder) -> None:
+    with pytest.raises(LmexpError, match=r"metrics\.jsonl: missing"):
+        folder.read_last_metrics()
+    folder.append_metrics({"step": 0, "loss": 1.5})
+    folder.append_metrics({"step": 1, "loss": float("nan")})
+    assert folder.read_last_metrics()["step"] == 1
+    assert math.isnan(folder.read_last_metrics()["loss"])
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 2, "lo')
+    assert folder.read_last_metrics()["step"] == 1
+
+
 @pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n"])
 def test_a_damaged_config_is_one_line(folder: RunFolder, content: str) -> None:
     (folder.path / "config.yaml").write_text(content)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from PIL import Image
@@ -35,6 +36,29 @@ _HEARTBEAT_SECONDS = 120.0
 """A run of another host counts as alive if its status is younger than this."""
 _FLUSH_SECONDS = 1.0
 """Most that lines of metrics wait for a later one: opening a file takes longer than a line does."""
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """YAML that OmegaConf reads back as it was: it takes more words for numbers than YAML does."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = "'" if _is_number(text) else None
+        node: yaml.ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", text, style)
+        return node
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,8 @@ class RunFolder:
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.yaml, the resolved configuration, in its own order."""
-        text = OmegaConf.to_yaml(OmegaConf.create(dict(config)))
+        # libyaml: OmegaConf's own writer takes longer than all of a run's pictures.
+        text = yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
         write_atomically(self.path / "config.yaml", text.encode())
 
     def read_config(self) -> dict[str, Any]:
@@ -258,6 +283,19 @@ class RunFolder:
         """
         self.flush_metrics()
         return [_with_nan(json.loads(line)) for line in self._metric_lines()]
+
+    def read_last_metrics(self) -> dict[str, Any]:
+        """Read the last whole line of metrics.jsonl; null becomes NaN.
+
+        Raises:
+            LmexpError: there is none, or it is damaged.
+        """
+        self.flush_metrics()
+        path = self.path / "metrics.jsonl"
+        try:
+            return dict(_with_nan(json.loads(path.read_bytes().split(b"\n")[-2])))
+        except (OSError, ValueError, TypeError, IndexError) as error:
+            raise _unreadable(path, error) from error
 
     def truncate_metrics(self, first_step: int) -> int:
         """Forget the lines of step `first_step` and later, which a resumed run makes again.

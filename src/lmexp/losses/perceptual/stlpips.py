@@ -117,6 +117,7 @@ class BlurredConv(nn.Module):
     right: Tensor
     corner: Tensor
     bias: Tensor
+    edge_bias: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor, padding: int) -> None:
         super().__init__()
@@ -130,12 +131,18 @@ class BlurredConv(nn.Module):
         self.register_buffer("right", _convolve(weight, rows=binomial, columns=mean))
         self.register_buffer("corner", _convolve(weight, rows=mean, columns=mean))
         self.register_buffer("bias", bias.clone())
+        self.register_buffer("edge_bias", bias.clone())
         self.padding = padding
         self.taps = weight.shape[2]
 
     def lower(self, dtype: torch.dtype) -> None:
         """Compute in half precision from here on."""
-        for name in ("inner", "bottom", "right", "corner", "bias"):
+        names = ["inner", "bias"]
+        # Of a strip in bfloat16 as narrow as its kernel, oneDNN (torch 2.14) reads memory that
+        # nobody has written, on processors with AMX. A strip is little to compute.
+        if dtype is not torch.bfloat16 or self.inner.device.type != "cpu":
+            names += ["bottom", "right", "corner", "edge_bias"]
+        for name in names:
             kernel = self.get_buffer(name).to(dtype)
             if kernel.ndim == 4:
                 kernel = kernel.contiguous(memory_format=torch.channels_last)
@@ -151,15 +158,20 @@ class BlurredConv(nn.Module):
         blocks = F.pixel_unshuffle(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)), 2)
         y = F.conv2d(blocks, self.inner, self.bias)
         if even_columns:
-            y = torch.cat([y, F.conv2d(x[..., -last:], self.right, self.bias, stride=2)], 3)
+            y = torch.cat([y, self._edge(x[..., -last:], self.right, stride=2)], 3)
         if even_rows:
             below = x[:, :, -last:]
-            row = F.conv2d(below, self.bottom, self.bias, stride=2)
+            row = self._edge(below, self.bottom, stride=2)
             if even_columns:
-                end = F.conv2d(below[..., -last:], self.corner, self.bias)
+                end = self._edge(below[..., -last:], self.corner, stride=1)
                 row = torch.cat([row, end], 3)
             y = torch.cat([y, row], 2)
         return _repeat_border(y, bottom=not even_rows, right=not even_columns)
+
+    def _edge(self, strip: Tensor, kernel: Tensor, stride: int) -> Tensor:
+        """The convolution of a strip as narrow as its kernel."""
+        edge = F.conv2d(strip.to(kernel.dtype), kernel, self.edge_bias, stride=stride)
+        return edge.to(strip.dtype)
 
 
 def _repeat_border(x: Tensor, *, bottom: bool, right: bool) -> Tensor:
