@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 from pathlib import Path
 
@@ -17,8 +18,7 @@ QUICK = (*TINY, "recording.video_frames=0")
 
 
 def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLine) -> None:
-    # The head start of a generator known by 16 pictures is a fit that rounding moves.
-    words = [*QUICK, "+sweep=weights", "figure=[weights_grid]", "latent.head_start=0"]
+    words = [*QUICK, "+sweep=weights", "figure=[weights_grid]"]
     alone = lmexp(*words, "hardware.batch_size=1", "output_dir=alone")
     assert alone.code == 0, alone
     batched = lmexp(*words, "hardware.batch_size=3", "output_dir=batched")
@@ -55,6 +55,22 @@ def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLin
     assert "9 finished" in batched.out and str(three) in batched.out
     different = {latents(one / job["folder"]).tobytes() for job in index["jobs"]}
     assert len(different) == 9
+
+
+def test_what_all_jobs_share_is_made_once(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def count(name: str) -> None:
+        owner, _, attribute = name.rpartition(".")
+        kept = getattr(importlib.import_module(owner), attribute)
+        monkeypatch.setattr(name, lambda *given: (made.append(attribute), kept(*given))[1])
+
+    count("lmexp.workbench.lay_over")
+    count("lmexp.inputs.generate_face")
+    assert lmexp(*QUICK, "figure=[]", "hardware.batch_size=2", "-m", "seed=1,2,3").code == 0
+    assert sorted(made) == ["generate_face", "generate_face", "lay_over"]  # two faces, one pair
 
 
 def test_one_failing_job_leaves_the_others_alone(lmexp: CommandLine) -> None:
