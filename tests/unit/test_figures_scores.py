@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,23 @@ def test_pareto_draws_what_lies_beside(sweep: Path, tmp_path: Path) -> None:
     assert stem == "pareto"
     # Its own axes, and a picture for each of the five runs that finds room.
     assert len(drawn.axes) == 6
+
+
+def test_no_picture_of_pareto_hides_a_name_and_no_name_another(tmp_path: Path) -> None:
+    # Near the corner where the expression photo itself lies; it has a name and no picture.
+    crowd = [({"seed": k}, run_scores(0.05 + 0.02 * k, 0.03 + 0.004 * k)) for k in range(12)]
+    record_scored_sweep(tmp_path, crowd)
+    ((_, drawn),) = Pareto().draw(read_sweep(tmp_path))
+    renderer = drawn.canvas.get_renderer()  # type: ignore[attr-defined]
+    plot, *pictures = drawn.axes
+    names = {text.get_text(): text.get_window_extent(renderer) for text in plot.texts}
+    assert {"look inverted", "expression photo itself"} <= names.keys()
+    assert len(pictures) > 6
+    for picture in pictures:
+        hidden = [name for name, box in names.items() if box.overlaps(picture.bbox)]
+        assert not hidden
+    for one, other in itertools.combinations(names.values(), 2):
+        assert not one.overlaps(other)
 
 
 def test_runs_that_differ_by_photos_alone_are_one_point(tmp_path: Path) -> None:

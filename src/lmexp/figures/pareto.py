@@ -164,8 +164,16 @@ class Pareto:
         axes.plot(
             [point.kept for point in front], [point.taken for point in front], color=COLOURS[0]
         )
+        named_above: list[Point] = []
         for point in points:
-            self._mark(axes, point, knee=point is knee, farthest=farthest)
+            # Two names of neighbours, one above its point and one below: they would be one smear.
+            near = any(
+                abs(point.taken - other.taken) < 0.05 and abs(point.kept - other.kept) < 0.3
+                for other in named_above
+            )
+            if point.kind != "sweep" and not near:
+                named_above.append(point)
+            self._mark(axes, point, knee=point is knee, farthest=farthest, below=near)
         named = "recipe" in sweep.factors  # names of recipes are short; overrides are not
         self._add_pictures(sheet, axes, (left, 0.1, across, tall), points, knee, named=named)
         error = "mouth opening's error" if self.measure == "mouth_error" else "aligned mouth NME"
@@ -203,7 +211,7 @@ class Pareto:
             room = 0.1 * (high - low or 1.0)
             setter(low - room, high + room)
 
-    def _mark(self, axes: Axes, point: Point, *, knee: bool, farthest: float) -> None:
+    def _mark(self, axes: Axes, point: Point, *, knee: bool, farthest: float, below: bool) -> None:
         if point.kept > farthest:
             axes.annotate(
                 f"{point.label} ({point.kept:.0%}) →",
@@ -239,9 +247,10 @@ class Pareto:
             axes.annotate(
                 point.label if point.kind == "baseline" else show_value(point.label),
                 (point.kept, point.taken),
-                xytext=(-5 if right else 5, 3),
+                xytext=(-5 if right else 5, -3 if below else 3),
                 textcoords="offset points",
                 ha="right" if right else "left",
+                va="top" if below else "bottom",
                 color=colour,
                 fontsize=self.font_size - 1,
             )
@@ -270,7 +279,6 @@ class Pareto:
                 top + (y1 - point.taken) / (y1 - y0) * tall,
             )
             for point in points
-            if point.picture is not None
         ]
         # The knee first: it gets the best place.
         places.sort(key=lambda place: place[0] is not knee)
@@ -283,11 +291,12 @@ class Pareto:
                 marks += [(x + sign * letter * k, y) for k in range(len(point.label) + 2)]
         side, taken = self.thumbnail, list[tuple[float, float]]()
         for point, x, y in places:
+            if point.picture is None:
+                continue
             centre = _free_place((x, y), side, taken, marks, box, below=line)
             if centre is None:
                 continue  # the sheet is full: the point stays, without its picture
             taken.append(centre)
-            assert point.picture is not None
             _tie(sheet, (x, y), centre, side, INK if point is knee else GREY)
             sheet.add_picture(point.picture, centre[0] - side / 2, centre[1] - side / 2, side)
             if named and point.kind == "sweep":
