@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +83,21 @@ def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, f
     # the larger head.
     assert count == 2 * (2 + 7) + 2 * (2 + 6)
     assert 0 < worst < 1e-5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_layers_in_two_parts_compute_the_same() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "time_mobile_layers.py"
+    done = subprocess.run(
+        [sys.executable, script, "--check"],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
+    assert [row[1].strip() for row in rows] == ["layer", "back"] * 2
+    assert all(0 < float(row[-2]) < 1e-5 for row in rows)
 
 
 if __name__ == "__main__":
