@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from lmexp.convolutions import depthwise
 from lmexp.generators import mobile_triton as fused
-from lmexp.generators.mobile_lowered import LoweredLayer
+from lmexp.generators.mobile_lowered import LoweredLayer, merge_last
 from lmexp.generators.mobile_stylegan import MobileStyleGAN
 
 PLACES = tuple(
@@ -181,6 +181,90 @@ def _gather_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     tl.store(out + at, fused._stack(a, b, c, d), mask=inside[:, None])
 
 
+@triton.jit
+def _gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    taps,
+    x,
+    up,
+    style,
+    sums,
+    out,
+    height,
+    width,
+    leak,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    # The same through the inverse Haar transform that the layer reads: x [N, h, w, 4 C] are the
+    # bands, the gradient is [N, 2 h, 2 w, C].
+    tile = tl.program_id(0)
+    image, row, column, inside = fused._place(tile, height, width, ROWS, COLUMNS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    gradient += image * (4 * height * width * C)
+    x += image * (height * width * 4 * C)
+    out += image * (height * width * 4 * C)
+    up += image * (4 * C)
+    sums += tile.to(tl.int64) * (4 * C)
+    a, b, c, d = fused._convolve(
+        gradient, taps, row, column, channel, 2 * height, 2 * width, C, True
+    )
+    own = tl.load(style + image * C + channel)[None, :]
+    at = out + ((row * width + column) * (4 * C))[:, None]
+    there = inside[:, None]
+    low = _back_band(
+        (a + b) + (c + d), own, x, up, sums, row, column, channel, height, width, leak, 4 * C
+    )
+    tl.store(at + channel[None, :], low, mask=there)
+    rows = _back_band(
+        (a + b) - (c + d), own, x, up, sums, row, column, C + channel, height, width, leak, 4 * C
+    )
+    tl.store(at + (C + channel)[None, :], rows, mask=there)
+    columns = _back_band(
+        (a - b) + (c - d),
+        own,
+        x,
+        up,
+        sums,
+        row,
+        column,
+        2 * C + channel,
+        height,
+        width,
+        leak,
+        4 * C,
+    )
+    tl.store(at + (2 * C + channel)[None, :], columns, mask=there)
+    both = _back_band(
+        (a - b) - (c - d),
+        own,
+        x,
+        up,
+        sums,
+        row,
+        column,
+        3 * C + channel,
+        height,
+        width,
+        leak,
+        4 * C,
+    )
+    tl.store(at + (3 * C + channel)[None, :], both, mask=there)
+
+
+@triton.jit
+def _back_band(  # type: ignore[no-untyped-def] # pragma: no cover
+    value, own, x, up, sums, row, column, stored, height, width, leak, BANDS: tl.constexpr
+):
+    # As mobile_triton's, whose program of the first outputs alone stores the sums.
+    level = fused._read(x, row, column, stored, height, width, BANDS)
+    tl.store(sums + stored, tl.sum(value * level, 0))
+    scale = tl.load(up + stored)[None, :] * own
+    return value * tl.where(level > 0, scale, leak * scale)
+
+
 def split_layer(
     x: Tensor, style: Tensor, layer: Any, places: dict[str, int], product: dict[str, int]
 ) -> Tensor:
@@ -256,7 +340,8 @@ class Timed:
     """One layer one way: the fastest tiling of each form.
 
     Attributes:
-        what: `layer` (forward) or `back`.
+        what: `layer` (forward), `back` (from a layer of as many channels as this one's outputs), or
+            `back to bands` (from a block that reads these as bands).
         side, inputs, outputs: of the layer; px and channels.
         fused, split: µs.
         tiling: of the fastest of the second form.
@@ -273,6 +358,42 @@ class Timed:
     tiling: list[dict[str, int]]
     least: float
     error: float
+
+
+def split_back_bands(
+    gradient: Tensor,
+    taps: Tensor,
+    x: Tensor,
+    up: Tensor,
+    style: Tensor,
+    weight: Tensor,
+    places: dict[str, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mobile_triton._back_merge` in two parts, the second torch's own product."""
+    n, height, width, bands = x.shape
+    channels = bands // 4
+    own = places | {"CHANNELS": min(places["CHANNELS"], channels)}
+    tiles = fused._tiles(own["ROWS"], own["COLUMNS"], n, height, width)
+    sums = torch.empty(tiles, bands, device=x.device)
+    value = torch.empty_like(x)
+    _gather_bands_kernel[(tiles, channels // own["CHANNELS"])](
+        gradient, taps, x, up, style, sums, value, height, width, fused.LEAK, C=channels, **own
+    )
+    found = fused._add_up(sums, n).view(n, 4, channels)
+    of_up = (found * style[:, None]).flatten(1)
+    out = (value.flatten(0, 2) @ weight.T).view(n, height, width, -1)
+    return out, of_up, (found * up.view(n, 4, channels)).sum(1)
+
+
+def back_bands(
+    gradient: Tensor, taps: Tensor, x: Tensor, up: Tensor, style: Tensor, weight: Tensor
+) -> tuple[Tensor, ...]:
+    """`mobile_triton._back_merge` by torch's own derivatives."""
+    before, up, style = (value.detach().requires_grad_() for value in (x, up, style))
+    merged = merge_last(before * up[:, None, None]) * style[:, None, None]
+    value = depthwise(gradient, taps.flip(0).view(3, 3, -1))
+    of_x, *of_styles = torch.autograd.grad(merged, (before, up, style), value)
+    return (torch.where(x > 0, of_x, fused.LEAK * of_x) @ weight.T, *of_styles)
 
 
 def back(
@@ -329,6 +450,10 @@ def try_layer(
     y, gradient = make(batch, side, side, outputs), make(batch, side, side, outputs)
     taps, below = make(9, outputs).float(), make(inputs, outputs) / outputs**0.5
     own = make(batch, outputs).float()
+    # The layer before ends in bands, read with a quarter of the channels at twice the side.
+    bands, up, narrow = y, make(batch, outputs).float(), make(batch, outputs // 4).float()
+    spread = make(batch, 2 * side, 2 * side, outputs // 4)
+    of_bands = make(9, outputs // 4).float()
     traffic = batch * side**2 * x.element_size()
     found = []
     for what, one, several, tilings, maps in (
@@ -343,6 +468,15 @@ def try_layer(
             "back",
             lambda: (back if check else fused._back)(gradient, taps, y, own, below),
             lambda *t: split_back(gradient, taps, y, own, below, None, *t),
+            [(places,) for places in PLACES],
+            2 * outputs + inputs,
+        ),
+        (
+            "back to bands",
+            lambda: (back_bands if check else fused._back_merge)(
+                spread, of_bands, bands, up, narrow, below
+            ),
+            lambda *t: split_back_bands(spread, of_bands, bands, up, narrow, below, *t),
             [(places,) for places in PLACES],
             2 * outputs + inputs,
         ),

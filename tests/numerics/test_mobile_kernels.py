@@ -96,7 +96,7 @@ def test_layers_in_two_parts_compute_the_same() -> None:
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split("|") for line in done.stdout.splitlines()[2:]]
-    assert [row[1].strip() for row in rows] == ["layer", "back"] * 2
+    assert [row[1].strip() for row in rows] == ["layer", "back", "back to bands"] * 2
     assert all(0 < float(row[-2]) < 1e-5 for row in rows)
 
 
