@@ -40,7 +40,7 @@ from lmexp.metrics.report import report_scores
 from lmexp.projection import project
 from lmexp.recording import provenance
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.recording.images import to_picture
+from lmexp.recording.images import to_images, to_picture
 from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Tracker
@@ -424,9 +424,9 @@ class _Session:
         device = self.bench.device
         weights = [groups.expand(job.config.landmark_weights.model_dump()) for job in jobs]
         return Targets(
-            look=torch.stack([face.tensor() for face in looks]).to(device),
+            look=to_images([face.image for face in looks], device),
             look_landmarks=torch.stack([face.landmarks_tensor() for face in looks]).to(device),
-            expression=torch.stack([face.tensor() for face in expressions]).to(device),
+            expression=to_images([face.image for face in expressions], device),
             expression_landmarks=torch.stack([face.landmarks_tensor() for face in expressions]).to(
                 device
             ),

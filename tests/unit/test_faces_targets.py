@@ -23,6 +23,7 @@ from lmexp.faces.protocol import FaceBox, Photo
 from lmexp.faces.targets import AlignedFace, align_photo
 from lmexp.landmarks.embedded import EmbeddedFan
 from lmexp.landmarks.pts import read_pts
+from lmexp.recording.images import to_image, to_images
 
 SIZE = 640
 CELLS = 64
@@ -124,9 +125,10 @@ def test_a_face_of_any_turn_and_size_is_aligned(photo: Path, turn: float, width:
 def test_tensors_are_what_the_projection_takes(photo: Path) -> None:
     points = face()
     aligned = align_photo(photo, Boxes(box(points)), ColourReader(points), 64)
-    image = aligned.tensor()
+    (image,) = to_images([aligned.image], torch.device("cpu"))
     assert image.shape == (3, 64, 64)
     assert image.dtype == torch.float32
+    assert torch.equal(image, to_image(aligned.image))
     levels = (image.permute(1, 2, 0) + 1) * 127.5
     assert torch.allclose(levels, torch.from_numpy(aligned.image).float(), atol=1e-3)
     landmarks = aligned.landmarks_tensor()

@@ -255,6 +255,7 @@ def test_pictures_that_fail_cost_no_number(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
 
+    recorder_module._draw.cache_clear()
     monkeypatch.setattr(recorder_module, function, fail)
     with caplog.at_level(logging.WARNING):
         record_run(tmp_path / "run")

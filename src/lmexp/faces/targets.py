@@ -79,10 +79,6 @@ class AlignedFace:
         """[68, 2], x then y, px of the photo."""
         return transform(self.inverse, self.landmarks).astype(np.float32)
 
-    def tensor(self) -> Tensor:
-        """[3, R, R], float32 in [-1, 1]."""
-        return torch.tensor(self.image).permute(2, 0, 1).float() / 127.5 - 1
-
     def landmarks_tensor(self) -> Tensor:
         """[68, 2], float32, x then y, px of the image."""
         return torch.tensor(self.landmarks)

@@ -58,6 +58,12 @@ def to_image(picture: Picture) -> Tensor:
     return torch.tensor(picture).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def to_images(pictures: Sequence[Picture], device: torch.device) -> Tensor:
+    """The same of several of one size -> [N, 3, H, W], scaled where they are wanted."""
+    pixels = torch.from_numpy(np.stack(pictures)).to(device)
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
 def resize(picture: Picture, width: int, height: int | None = None) -> Picture:
     """Resample to `width` × `height` px (square if no height is given), Lanczos."""
     size = (width, width if height is None else height)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ from lmexp.recording.video import write_video
 _log = logging.getLogger("lmexp.recording")
 
 _HEARTBEAT_SECONDS = 30.0
+
+
+def _draw_once(picture: Picture, points: NDArray[np.float32]) -> Picture:
+    """`draw_landmarks`, once for all jobs of a sweep that show the same photo."""
+    return _draw(picture.tobytes(), picture.shape, points.tobytes())
+
+
+@lru_cache(maxsize=4)
+def _draw(pixels: bytes, shape: tuple[int, ...], points: bytes) -> Picture:
+    picture = np.frombuffer(pixels, np.uint8).reshape(shape)
+    return draw_landmarks(picture, np.frombuffer(points, np.float32).reshape(-1, 2))
 
 
 class Recorder:
@@ -120,7 +132,7 @@ class Recorder:
                 ("target_expression", to_picture(expression), self._expression_landmarks),
             ):
                 folder.write_picture(name, image)
-                folder.write_picture(f"{name}_landmarks", draw_landmarks(image, points))
+                folder.write_picture(f"{name}_landmarks", _draw_once(image, points))
         with self._optional("video"):
             self._discard_frames(first_step)
         if self._tracked is None:  # a job that starts again in a smaller batch has its run open
