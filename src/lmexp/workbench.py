@@ -27,8 +27,8 @@ from lmexp.recording.progress import ProgressBar
 
 _HALF = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_FACES = 256
-"""Aligned faces that are kept; one of 1024 px takes 3 MiB."""
+_BYTES = 256 << 20
+"""Of pictures that are kept of one kind: 1,365 of 256 px, 85 of 1024 px."""
 
 _Key = TypeVar("_Key")
 _Value = TypeVar("_Value")
@@ -128,19 +128,20 @@ class Workbench:
                 kept.write(key, found)
             return found
 
-        return _keep(self._faces, key, find)
+        return _keep(self._faces, key, find, side)
 
     def generated_face(self, config: Experiment, seed: int) -> AlignedFace:
         """A face of the generator: aligned by construction."""
         parts = (config.generator, config.landmarks, config.latent)
         plain = [part.model_dump(mode="json", by_alias=True) for part in parts]
         key = digest(["generated", *plain, seed])
+        context = self.context(config)
 
         def make() -> AlignedFace:
-            image, landmarks = inputs.generate_face(self.context(config), seed)
+            image, landmarks = inputs.generate_face(context, seed)
             return AlignedFace.of_aligned(to_picture(image[0]), landmarks[0].cpu().numpy())
 
-        return _keep(self._faces, key, make)
+        return _keep(self._faces, key, make, context.generator.resolution)
 
     def laid_over(self, expression: AlignedFace, look: AlignedFace) -> AlignedFace:
         """The expression's face laid over the look's, once a pair: resampling takes 0.1 s."""
@@ -149,6 +150,7 @@ class Workbench:
             self._laid_over,
             (id(expression), id(look)),
             lambda: (expression, look, lay_over(expression, look)),
+            len(look.image),
         )
         return entry[2]
 
@@ -187,11 +189,12 @@ class Workbench:
         return statistics
 
 
-def _keep(known: dict[_Key, _Value], key: _Key, make: Callable[[], _Value]) -> _Value:
-    """What is known by that key, or made now; the oldest of more than `_FACES` are forgotten."""
+def _keep(known: dict[_Key, _Value], key: _Key, make: Callable[[], _Value], side: int) -> _Value:
+    """What is known by that key, or made now; of pictures of that side beyond `_BYTES` the oldest
+    are forgotten."""
     if key not in known:
         known[key] = make()
-        if len(known) > _FACES:
+        if len(known) > max(1, _BYTES // (3 * side**2)):
             known.pop(next(iter(known)))
     return known[key]
 
