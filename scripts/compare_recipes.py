@@ -5,6 +5,7 @@
     python scripts/compare_recipes.py --out OUT --recipes default 'stiff=loss.prior.weight=0.2'
     python scripts/compare_recipes.py --out OUT --common hardware=cuda --no-scores
     python scripts/compare_recipes.py --out OUT --score-only          # later, or elsewhere
+    python scripts/compare_recipes.py --out OUT --tables-only --inversion-of RECIPE
     python scripts/compare_recipes.py --out OUT --seconds 300         # as far as that reaches
 
 A recipe is a list of the overrides that `python -m lmexp` takes. Every recipe meets every pair, as
@@ -95,12 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("lmexp").setLevel(logging.INFO)
     try:
-        if args.score_only:
+        if args.score_only or args.tables_only:
             jobs = read_index(args.out)
         else:
             recipes = choose_recipes(args.recipes, args.recipes_file)
             jobs = run_all(recipes, choose_pairs(args), args.common, args.out, args.seconds)
-        if not args.no_scores:
+        if not (args.no_scores or args.tables_only):
             score(jobs, args.out, args.scores, again=args.score_only)
         rows = write_tables(jobs, args.out, args.inversion_of)
     except LmexpError as error:
@@ -138,6 +139,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="overrides of every recipe, after its own: hardware=cuda …",
     )
     add("--no-scores", action="store_true", help="run only; score later with --score-only")
+    add(
+        "--tables-only", action="store_true", help="tables and sheet again, of the scores there are"
+    )
     add("--score-only", action="store_true", help="run nothing: score the runs in --out again")
     add("--seconds", type=float, help="stop after so long, between two steps; keep what is done")
     add(
@@ -154,8 +158,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if bool(args.looks) != bool(args.expressions):
         parser.error("--looks and --expressions go together")
-    if args.no_scores and args.score_only:
-        parser.error("--no-scores and --score-only exclude each other")
+    if sum((args.no_scores, args.score_only, args.tables_only)) > 1:
+        parser.error("--no-scores, --score-only and --tables-only exclude each other")
     return args
 
 

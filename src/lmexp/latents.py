@@ -106,9 +106,19 @@ def start_at_mean(
     return Latents(ws=ws, noise_bufs=noise_bufs)
 
 
-def truncate(ws: Tensor, statistics: LatentStatistics, psi: float) -> Tensor:
-    """ws [N, L, w_dim] moved towards w_avg: 1 leaves them where they are, 0 ends at w_avg."""
-    return torch.lerp(statistics.w_avg.to(ws), ws, psi)
+def truncate(latents: Latents, mean: Latents, psi: float) -> Latents:
+    """Latents moved towards the mean: psi 1 leaves them where they are, 0 is the mean.
+
+    Noise maps are mixed so that they stay as strong as they are.
+    """
+    kept = (1 - psi**2) ** 0.5
+    return Latents(
+        ws=torch.lerp(mean.ws, latents.ws, psi),
+        noise_bufs=tuple(
+            psi * own + kept * other
+            for own, other in zip(latents.noise_bufs, mean.noise_bufs, strict=True)
+        ),
+    )
 
 
 def expand(ws: Tensor, num_ws: int) -> Tensor:

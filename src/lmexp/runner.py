@@ -274,8 +274,7 @@ class _Session:
         config = jobs[0].config
         began = time.monotonic()
         targets = self._targets(jobs)
-        start, inversions = self._start(jobs, context, targets)
-        inverted = None if inversions is None else (start.ws, inversions)
+        start, inverted = self._start(jobs, context, targets)
         for k, job in enumerate(jobs):
             job.recorder.start(
                 look=targets.look[k],
@@ -285,18 +284,14 @@ class _Session:
                 first_step=job.first_step,
                 diff=self.git.diff if self.git else "",
             )
-            if inversions is not None:
-                folder = RunFolder(job.folder)
-                folder.write_picture("inversion", to_picture(inversions[k]))
-                ws = expand(start.ws[k : k + 1], context.generator.num_ws)
+            if inverted is not None:
+                folder, (latents, images) = RunFolder(job.folder), inverted
+                folder.write_picture("inversion", to_picture(images[k]))
+                ws = expand(latents.ws[k : k + 1], context.generator.num_ws)
                 folder.write_inversion(
                     ws.float().cpu().numpy(),
-                    [noise[k].float().cpu().numpy() for noise in start.noise_bufs],
+                    [noise[k].float().cpu().numpy() for noise in latents.noise_bufs],
                 )
-        if inverted is not None:
-            psi = config.latent.truncation_psi
-            start = replace(start, ws=truncate(start.ws, context.latent_statistics, psi))
-            start = self._head_start(jobs, context, targets, start)
         starts = Starts(config.latent.starts, config.latent.starts_spread)
         objective = self._objective(starts.repeat(jobs), starts.repeat_targets(targets))
         moves = mark_moving(config.latent.moving_ws, start.ws)
@@ -332,14 +327,14 @@ class _Session:
         targets: Targets,
         final: Latents,
         chosen: Sequence[dict[str, Any] | None],
-        inverted: tuple[Tensor, Tensor] | None,
+        inverted: tuple[Latents, Tensor] | None,
         began: float,
     ) -> None:
         """Write every job's result.
 
         Args:
             chosen: what `Starts.choose` says of each.
-            inverted: the inversions' ws and images, batched.
+            inverted: the inversions and their images, batched.
         """
         generator = context.generator
         judge: HeatmapNetwork = self.bench.module(members[0][1].config.judge)
@@ -368,7 +363,7 @@ class _Session:
                 expression_landmarks=_row(targets.expression_landmarks, k)[None],
                 inversion=inverted[1][row] if inverted else None,
                 ws=ws,
-                inversion_ws=expand(inverted[0][row], generator.num_ws) if inverted else None,
+                inversion_ws=expand(inverted[0].ws[row], generator.num_ws) if inverted else None,
                 samples=context.latent_statistics.samples,
             )
             summary = {
@@ -446,8 +441,8 @@ class _Session:
 
     def _start(
         self, jobs: Sequence[Job], context: Context, targets: Targets
-    ) -> tuple[Latents, Tensor | None]:
-        """Where each job starts, and the inversions' images [N, 3, R, R] if it starts there."""
+    ) -> tuple[Latents, tuple[Latents, Tensor] | None]:
+        """Where each job starts; the looks' inversions and their images [N, 3, R, R], if any."""
         config = jobs[0].config
         mean = start_at_mean(
             context.generator,
@@ -458,7 +453,7 @@ class _Session:
         )
         if config.latent.start == "mean":
             return mean, None
-        start = invert(
+        inversions = invert(
             [self._inversion_key(job) for job in jobs],
             mean,
             _schedule(config.latent.inversion),
@@ -474,13 +469,14 @@ class _Session:
             images = torch.cat(
                 [
                     context.generator.synthesis(
-                        expand(start.ws[k : k + 1], context.generator.num_ws),
-                        tuple(noise[k : k + 1] for noise in start.noise_bufs),
+                        expand(inversions.ws[k : k + 1], context.generator.num_ws),
+                        tuple(noise[k : k + 1] for noise in inversions.noise_bufs),
                     )
                     for k in range(len(jobs))
                 ]
             )
-        return start, images
+        start = truncate(inversions, mean, config.latent.truncation_psi)
+        return self._head_start(jobs, context, targets, start), (inversions, images)
 
     def _head_start(
         self, jobs: Sequence[Job], context: Context, targets: Targets, start: Latents

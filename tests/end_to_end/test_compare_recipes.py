@@ -107,6 +107,13 @@ def test_runs_then_scores_then_again(
     assert Flat.calls == 4
     assert [run.overrides["recipe"] for run in read_sweep(out).runs] == ["plain"] * 2 + ["mean"] * 2
 
+    wanted = (out / "table.md").read_bytes()
+    for path in (out / "table.md", out / "sheet.png"):
+        path.unlink()
+    assert script.main(["--out", str(out), "--tables-only"]) == 0
+    assert Flat.calls == 4
+    assert (out / "table.md").read_bytes() == wanted and (out / "sheet.png").exists()
+
 
 def test_a_job_without_a_result_is_counted(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +234,10 @@ def test_a_damaged_index_is_one_line(script: ModuleType, tmp_path: Path) -> None
     with pytest.raises(LmexpError, match=r"index\.json: damaged"):
         script.read_index(tmp_path)
     assert RunFolder(tmp_path).read_status() is None
-    for words in (["--looks", "a"], ["--no-scores", "--score-only"]):
+    for words in (
+        ["--looks", "a"],
+        ["--no-scores", "--score-only"],
+        ["--tables-only", "--score-only"],
+    ):
         with pytest.raises(SystemExit):
             script._parse(["--out", "x", *words])

@@ -104,6 +104,14 @@ def test_a_start_between_the_mean_and_the_inversion(lmexp: CommandLine) -> None:
     np.testing.assert_allclose(starts[0.25], 0.75 * w_avg + 0.25 * inversion, atol=1e-6)
 
 
+def test_at_psi_0_the_inversion_changes_no_bit(lmexp: CommandLine) -> None:
+    for words in (["latent.start=mean", "output_dir=a"], ["output_dir=b"]):
+        assert lmexp(*TINY, "latent.truncation_psi=0", *words).code == 0
+    (one,), (other,) = lmexp.run_folders("a"), lmexp.run_folders("b")
+    assert not (one / "inversion.png").exists() and (other / "inversion.png").exists()
+    assert_same_result(one, other)
+
+
 def test_ws_that_the_generator_does_not_have(lmexp: CommandLine) -> None:
     answer = lmexp(*TINY, "latent.moving_ws=[7,9]")
     assert answer.code == 1

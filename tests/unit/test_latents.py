@@ -6,7 +6,16 @@ import torch
 
 from lmexp.errors import LmexpError
 from lmexp.generators.tiny_random import TinyRandom
-from lmexp.latents import derive_seed, draw_normal, expand, mark_moving, measure, start_at_mean
+from lmexp.latents import (
+    Latents,
+    derive_seed,
+    draw_normal,
+    expand,
+    mark_moving,
+    measure,
+    start_at_mean,
+    truncate,
+)
 
 CPU = torch.device("cpu")
 GENERATOR = TinyRandom(resolution=16, dim=8, channels=4)
@@ -49,6 +58,21 @@ def test_every_job_starts_at_the_mean_with_its_own_noise() -> None:
     alone = start_at_mean(GENERATOR, statistics, space="w", seeds=[5], device=CPU)
     assert alone.ws.shape == (1, 1, 8)
     assert torch.equal(alone.noise_bufs[1][0], start.noise_bufs[1][1])
+
+
+def test_truncation_ends_at_both_and_keeps_noise_as_strong() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, other = (
+        Latents(torch.randn(2, 3, 4, generator=draw), (torch.randn(2, 1, 64, 64, generator=draw),))
+        for _ in range(2)
+    )
+    for psi, wanted in ((1.0, one), (0.0, other)):
+        got = truncate(one, other, psi)
+        assert torch.equal(got.ws, wanted.ws)
+        assert torch.equal(got.noise_bufs[0], wanted.noise_bufs[0])
+    between = truncate(one, other, 0.6)
+    assert torch.allclose(between.ws, 0.6 * one.ws + 0.4 * other.ws, atol=1e-6)
+    assert between.noise_bufs[0].std() == pytest.approx(1, abs=0.03)
 
 
 def test_expand_repeats_w_and_leaves_w_plus() -> None:
