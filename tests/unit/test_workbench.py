@@ -10,6 +10,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from lmexp import workbench
 from lmexp.acceleration import PLAIN, Acceleration
 from lmexp.composition import conf_folder
 from lmexp.config import MOST_AT_ONCE, Component, Hardware, validate
@@ -71,7 +72,10 @@ def test_whether_cudnn_tries_its_algorithms(monkeypatch: pytest.MonkeyPatch, tun
     assert torch.backends.cudnn.benchmark is tuned
 
 
-def test_a_photo_is_aligned_once_for_all_jobs(tmp_path: Path) -> None:
+def test_a_photo_is_aligned_once_for_all_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workbench, "_BYTES", 256 * 3 * 256**2)  # as 256 of these faces take
     bench = Workbench(hardware())
     made: list[AlignedFace] = []
 
@@ -96,6 +100,7 @@ def test_a_photo_is_aligned_once_for_all_jobs(tmp_path: Path) -> None:
     for number in range(300):
         bench.aligned_face(config, f"photo {number}", 256, None, align)
     assert len(made) == 305
+    assert len(bench._faces) == 256
     # Long forgotten, and still on the disk; so it is for another process.
     for anyone in (bench, Workbench(hardware())):
         again = anyone.aligned_face(config, "sha", 256, None, align)
