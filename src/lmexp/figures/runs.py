@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmexp.errors import LmexpError
-from lmexp.recording.run_folder import RunFolder
+from lmexp.recording.run_folder import RunFolder, is_number
 
 _GENERAL_KEYS = {"weight", "name", "value", "scale", "weights", "seed"}
 """Last words of keys that say too little alone, unless they are the whole key."""
@@ -186,7 +186,7 @@ def shorten_keys(keys: Sequence[str]) -> list[str]:
 def describe_value(name: str, value: Any) -> str:
     """ "outer lip = 5" for a number; a word or a path's stem speaks for itself."""
     shown = show_value(value)
-    return shown if isinstance(value, str) and not _is_number(value) else f"{name} = {shown}"
+    return shown if isinstance(value, str) and not is_number(value) else f"{name} = {shown}"
 
 
 def show_value(value: Any) -> str:
@@ -195,7 +195,7 @@ def show_value(value: Any) -> str:
         return "default"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, float) or (isinstance(value, str) and _is_number(value)):
+    if isinstance(value, float) or (isinstance(value, str) and is_number(value)):
         return f"{float(value):g}"
     text = str(value)
     if "/" in text or text.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
@@ -222,11 +222,3 @@ def _read_index(path: Path) -> tuple[str, list[Run]]:
 def plain(value: Any) -> Any:
     """A hashable stand-in for a list or an object."""
     return json.dumps(value, sort_keys=True) if isinstance(value, (list, dict)) else value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

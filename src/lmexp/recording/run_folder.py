@@ -46,7 +46,7 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        style = "'" if _is_number(text) else None
+        style = "'" if is_number(text) else None
         node: yaml.ScalarNode = self.represent_scalar("tag:yaml.org,2002:str", text, style)
         return node
 
@@ -54,7 +54,8 @@ class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[mi
 _Dumper.add_representer(str, _Dumper.represent_text)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text reads as a number: "1e5", "nan"."""
     try:
         float(text)
     except ValueError:
