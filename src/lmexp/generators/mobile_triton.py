@@ -1,11 +1,12 @@
 """The large layers of MobileStyleGAN as Triton kernels, forward and backward.
 
-What these kernels are for: a layer here is two cheap convolutions around much memory. A depthwise
-and a 1×1 convolution by themselves read and write every map several times, and in the backward pass
-again, with a sum over pixels for each style. Here a layer is one pass forward (the nine shifts are
-added up while the product with the 1×1 weights is under way) and one pass backward, which begins
-behind the layer's 1×1 convolution and ends behind that of the layer before. In between, only
-activated maps are kept.
+What these kernels are for: a layer here is two cheap convolutions around much memory, and in the
+backward pass a sum over pixels for each style. Here a layer is two passes each way. One adds up the
+nine shifts of the depthwise convolution with all that is done to each value by itself (modulation;
+backwards also activation, inverse Haar transform and the sums), and walks down the rows of the map,
+so that each row is loaded once, ahead of its turn, and the taps stay in registers. The other is the
+product with the 1×1 weights, with noise, bias and activation. One pass for both would spare half of
+the traffic, and was slower: a program that waits for its products has no loads under way.
 
 What is computed, in plain operations: `mobile_lowered.LoweredTail`. Maps lie in memory
 channels-last; sums are float32, whatever is stored. Sums over pixels are made of one partial sum a
@@ -31,16 +32,24 @@ if TYPE_CHECKING:
 
 LEAK = 0.2
 ROWS, COLUMNS, WARPS = 8, 16, 4
-"""Places of a program, and warps that work on them. These sizes were the fastest of nine in all of
-the network at 1024 px on an H200."""
-GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS = 2, 8, 4
-"""The same where each place stands for 2×2 pixels."""
+"""Places of a program of the image, and warps that work on them."""
+STRIP_PLACES, STRIP_CHANNELS, STRIP_WARPS, STRIP_STAGES = 16, 64, 4, 4
+"""Of a program that walks down the rows of a strip: pairs of pixels of a row, channels, warps, and
+rows under way at once. This and what follows was the fastest of ten on an H200 at nearly every
+size; `scripts/time_mobile_layers.py` times others."""
+SPREAD_ROWS, GATHER_ROWS = 16, 32
+"""Rows of a strip, forward and backward."""
+GATHER_REGISTERS = 168
+"""A thread's, backward: so that three programs fit a multiprocessor, not two."""
+PRODUCT, NARROW_PRODUCT = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4)
+"""Of a product's program: rows, outputs, terms of a step, warps and steps under way; the second
+with up to 64 outputs."""
+PAINTED_ROWS, PAINTED_PLACES = 32, 64
+"""Of a strip of the way back through the image."""
 CHANNELS = 64
-"""Channels of a step of a product's sum."""
+"""Channels of a step of the image's sum."""
 OUTPUTS = 128
-"""Most channels of a result that a program computes."""
-STAGES = 1
-"""Loads are not staged through shared memory: they are shifts of each other."""
+"""Most channels of a result that a program of the way back through the image computes."""
 BLOCK = 1024
 """Elements of a program where elements are strangers to each other."""
 COLOURS = 16
@@ -70,75 +79,57 @@ def _read(maps, row, column, channel, height, width, C: tl.constexpr):  # type: 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _convolve(  # type: ignore[no-untyped-def] # pragma: no cover
-    maps,
-    taps,
-    row,
-    column,
-    channel,
-    height,
-    width,
-    C: tl.constexpr,
-    TURNED: tl.constexpr,
-):
-    # A depthwise 3×3 convolution at the four pixels (2 row, 2 column) … (2 row + 1, 2 column + 1)
-    # of a map of height × width; its gradient, if TURNED. Pixels that share what they read need
-    # less than half of the loads and casts of four times one pixel.
-    upper_left = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
-    upper_right = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
-    lower_left = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
-    lower_right = tl.zeros([row.shape[0], channel.shape[0]], dtype=tl.float32)
-    for down in tl.static_range(4):
-        for right in tl.static_range(4):
-            part = _read(
-                maps, 2 * row + (down - 1), 2 * column + (right - 1), channel, height, width, C
-            )
-            if down < 3:
-                if right < 3:
-                    upper_left += part * _tap(taps, down * 3 + right, channel, C, TURNED)
-                if right > 0:
-                    upper_right += part * _tap(taps, down * 3 + right - 1, channel, C, TURNED)
-            if down > 0:
-                if right < 3:
-                    lower_left += part * _tap(taps, (down - 1) * 3 + right, channel, C, TURNED)
-                if right > 0:
-                    lower_right += part * _tap(taps, (down - 1) * 3 + right - 1, channel, C, TURNED)
-    return upper_left, upper_right, lower_left, lower_right
+def _strip(program, height, width, ROWS: tl.constexpr, PLACES: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # A program's strip: its image, first row, and columns; a place is two pixels of a row.
+    across = tl.cdiv(width, 2 * PLACES)
+    down = tl.cdiv(height, ROWS)
+    within = program % (across * down)
+    column = 2 * ((within % across) * PLACES + tl.arange(0, PLACES))
+    return (program // (across * down)).to(tl.int64), (within // across) * ROWS, column
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tap(taps, index: tl.constexpr, channel, C: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
-    at: tl.constexpr = 8 - index if TURNED else index
-    return tl.load(taps + at * C + channel)[None, :]
-
-
-@triton.jit
-def _stack(a, b, c, d):  # type: ignore[no-untyped-def] # pragma: no cover
-    # Four [places, channels] -> [4 places, channels], one after the other: one product, not four.
-    joined = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (3, 2, 0, 1))
-    return tl.reshape(joined, (4 * a.shape[0], a.shape[1]))
+def _row(maps, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # Of a row, [places, channels] each: both pixels between their neighbours, 0 beyond the border.
+    there = (row >= 0) & (row < height) & (column < width)
+    at = maps + ((row * width + column) * C)[:, None] + channel[None, :]
+    before = tl.load(at - C, mask=(there & (column > 0))[:, None], other=0.0)
+    left = tl.load(at, mask=there[:, None], other=0.0)
+    right = tl.load(at + C, mask=there[:, None], other=0.0)
+    after = tl.load(at + 2 * C, mask=(there & (column + 2 < width))[:, None], other=0.0)
+    return before.to(tl.float32), left.to(tl.float32), right.to(tl.float32), after.to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _place_pixels(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
-    # The pixels of a tile of groups in the order of _stack: as _place, of the whole map.
-    across = tl.cdiv(width // 2, COLUMNS)
-    down = tl.cdiv(height // 2, ROWS)
-    within = tile % (across * down)
-    pixel = tl.arange(0, 4 * ROWS * COLUMNS)
-    place = pixel % (ROWS * COLUMNS)
-    phase = pixel // (ROWS * COLUMNS)
-    row = 2 * ((within // across) * ROWS + place // COLUMNS) + phase // 2
-    column = 2 * ((within % across) * COLUMNS + place % COLUMNS) + phase % 2
-    return row * width + column, (row < height) & (column < width)
+def _taps(taps, channel, C: tl.constexpr, TURNED: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # The nine taps of a depthwise 3×3 convolution [9, C], row by row; of its gradient, if TURNED.
+    first: tl.constexpr = 8 if TURNED else 0
+    step: tl.constexpr = -C if TURNED else C
+    at = taps + first * C + channel
+    return (
+        tl.load(at)[None, :],
+        tl.load(at + step)[None, :],
+        tl.load(at + 2 * step)[None, :],
+        tl.load(at + 3 * step)[None, :],
+        tl.load(at + 4 * step)[None, :],
+        tl.load(at + 5 * step)[None, :],
+        tl.load(at + 6 * step)[None, :],
+        tl.load(at + 7 * step)[None, :],
+        tl.load(at + 8 * step)[None, :],
+    )
 
 
 @triton.jit
-def _multiply(value, weight, total):  # type: ignore[no-untyped-def] # pragma: no cover
-    # total [outputs, places] + weight [outputs, channels] · value [places, channels] turned. The
-    # tensor cores read the second factor from shared memory. As the first it would be brought to
-    # their registers' layout, and with it, through shared memory, each of the loads it is made of.
-    return tl.dot(weight, tl.trans(value.to(weight.dtype)), total, input_precision="ieee")
+def _weigh(before, left, right, after, a, b, c):  # type: ignore[no-untyped-def] # pragma: no cover
+    # What a row adds to both pixels of a row by that row's three taps.
+    return before * a + left * b + right * c, left * a + right * b + after * c
+
+
+@triton.jit
+def _add(this, that, before, left, right, after, a, b, c):  # type: ignore[no-untyped-def] # pragma: no cover
+    # The same, added to what there is of both.
+    this = this + before * a + left * b + right * c
+    return this, that + left * a + right * b + after * c
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -178,52 +169,85 @@ def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _layer_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     style,
     taps,
+    out,
+    height,
+    width,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # Modulation and depthwise 3×3: what a layer's product is of.
+    image, first, column = _strip(tl.program_id(0), height, width, ROWS, PLACES)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    x += image * height * width * C
+    out += image * height * width * C
+    own = tl.load(style + image * C + channel)[None, :]
+    t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, False)
+    t0, t1, t2 = t0 * own, t1 * own, t2 * own
+    t3, t4, t5 = t3 * own, t4 * own, t5 * own
+    t6, t7, t8 = t6 * own, t7 * own, t8 * own
+    # Of the two rows that are not whole yet: left and right pixels, the upper row's first.
+    a, b, c, d = _row(x, first - 1, column, channel, height, width, C)
+    left, right = _weigh(a, b, c, d, t0, t1, t2)
+    a, b, c, d = _row(x, first, column, channel, height, width, C)
+    left, right = _add(left, right, a, b, c, d, t3, t4, t5)
+    next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+    for row in tl.range(first, first + ROWS, num_stages=STAGES):
+        a, b, c, d = _row(x, row + 1, column, channel, height, width, C)
+        left, right = _add(left, right, a, b, c, d, t6, t7, t8)
+        at = out + ((row * width + column) * C)[:, None] + channel[None, :]
+        there = ((row < height) & (column < width))[:, None]
+        tl.store(at, left, mask=there)
+        tl.store(at + C, right, mask=there)
+        left, right = _add(next_left, next_right, a, b, c, d, t3, t4, t5)
+        next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
     weight,
     constant,
     bias,
     out,
-    height,
-    width,
+    rows,
+    places,
     leak,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     CONSTANTS: tl.constexpr,
     BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
 ):
-    # Modulation, depthwise 3×3, 1×1 by `weight` [C_OUT, C_IN], constant, bias, leaky ReLU.
-    tile = tl.program_id(0)
-    image, row, column, _ = _place(tile, height // 2, width // 2, ROWS, COLUMNS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([OUTPUTS, 4 * ROWS * COLUMNS], dtype=tl.float32)
-    x += image * height * width * C_IN
-    out += image * height * width * C_OUT
-    for start in range(0, C_IN, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        a, b, c, d = _convolve(x, taps, row, column, channel, height, width, C_IN, False)
-        own = tl.load(style + image * C_IN + channel)[None, :]
-        entry = output[:, None] * C_IN + channel[None, :]
-        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
-        total = _multiply(_stack(a * own, b * own, c * own, d * own), factor, total)
-    total = tl.trans(total)
-    pixel, inside = _place_pixels(tile, height, width, ROWS, COLUMNS)
-    at = (pixel * C_OUT)[:, None] + output[None, :]
-    there = inside[:, None] & (output < C_OUT)[None, :]
+    # [rows, C_IN] · weight [C_OUT, C_IN] turned, constant, bias, leaky ReLU.
+    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
+    output = tl.program_id(1) * N + tl.arange(0, N)
+    there = row < rows
+    total = tl.zeros([M, N], dtype=tl.float32)
+    for start in range(0, C_IN, K):
+        term = start + tl.arange(0, K)
+        left = tl.load(x + row[:, None] * C_IN + term[None, :], mask=there[:, None], other=0.0)
+        entry = output[None, :] * C_IN + term[:, None]
+        right = tl.load(weight + entry, mask=(output < C_OUT)[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision="ieee")
+    shown = there[:, None] & (output < C_OUT)[None, :]
     if CONSTANTS == 1:
-        total += tl.load(constant + pixel, mask=inside, other=0.0)[:, None]
+        total += tl.load(constant + row % places, mask=there, other=0.0)[:, None]
     else:
-        total += tl.load(constant + at, mask=there, other=0.0)
+        at = (row % places)[:, None] * C_OUT + output[None, :]
+        total += tl.load(constant + at, mask=shown, other=0.0)
     if BIAS:
         total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
     total = tl.where(total > 0, total, leak * total)
-    tl.store(out + at, total, mask=there)
+    tl.store(out + row[:, None] * C_OUT + output[None, :], total, mask=shown)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -281,6 +305,13 @@ def _pixel(image, row, column, colour, height, width):  # type: ignore[no-untype
     return plane + down * (2 * width) + 2 * column[:, None] + (colour // 3 % 2)[None, :]
 
 
+@triton.jit
+def _multiply(value, weight):  # type: ignore[no-untyped-def] # pragma: no cover
+    # weight [outputs, channels] · value [places, channels] turned: the tensor cores read the second
+    # factor from shared memory. As the first it would be brought to their registers' layout.
+    return tl.dot(weight, tl.trans(value.to(weight.dtype)), input_precision="ieee")
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     pixels,
@@ -296,225 +327,219 @@ def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     K: tl.constexpr,
     C_OUT: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    PLACES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
     # From the image to behind the 1×1 convolution, `weight` [C_OUT, K], whose activated result `y`
     # [.., K] it is made of by `colours` [16, K].
-    tile = tl.program_id(0)
-    image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
+    program = tl.program_id(0)
+    across = tl.cdiv(width, PLACES)
+    down = tl.cdiv(height, ROWS)
+    image = (program // (across * down)).to(tl.int64)
+    within = program % (across * down)
+    first = (within // across) * ROWS
+    column = (within % across) * PLACES + tl.arange(0, PLACES)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
+    channel = tl.arange(0, K)
     colour = tl.arange(0, 16)
-    shown = inside[:, None] & (colour < 12)[None, :]
-    pixels += _pixel(image, row, column, colour, height, width)
-    painted = tl.load(pixels, mask=shown, other=0.0).to(colours.dtype.element_ty)
-    y += image * height * width * K
-    out += image * height * width * C_OUT
-    for start in range(0, K, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        factor = tl.load(colours + colour[:, None] * K + channel[None, :])
-        value = tl.dot(painted, factor, input_precision="ieee")
-        level = _read(y, row, column, channel, height, width, K)
-        if tl.program_id(1) == 0:
-            # Beyond the border y is 0.
-            tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(value * level, 0))
-        value *= tl.load(style + image * K + channel)[None, :]
-        value = tl.where(level > 0, value, leak * value)
-        entry = output[:, None] * K + channel[None, :]
-        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
-        total = _multiply(value, factor, total)
-    at = ((row * width + column) * C_OUT)[:, None] + output[None, :]
-    there = inside[:, None] & (output < C_OUT)[None, :]
-    tl.store(out + at, tl.trans(total), mask=there)
+    paint = tl.load(colours + colour[:, None] * K + channel[None, :])
+    entry = output[:, None] * K + channel[None, :]
+    factor = tl.load(weight + entry, mask=(output < C_OUT)[:, None], other=0.0)
+    own = tl.load(style + image * K + channel)[None, :]
+    slope = leak * own
+    inside = (column < width)[:, None]
+    shown = inside & (colour < 12)[None, :]
+    pixels += _pixel(image, first + 0 * column, column, colour, height, width)
+    y += (image * height * width + first * width) * K + column[:, None] * K + channel[None, :]
+    out += (image * height * width + first * width) * C_OUT
+    out += (column * C_OUT)[:, None] + output[None, :]
+    painted = tl.load(pixels, mask=shown & (first < height), other=0.0)
+    level = tl.load(y, mask=inside & (first < height), other=0.0)
+    found = tl.zeros([PLACES, K], dtype=tl.float32)
+    for row in range(ROWS):
+        value = tl.dot(painted.to(paint.dtype), paint, input_precision="ieee")
+        now = level.to(tl.float32)
+        # The next row's are on their way while this one is computed.
+        there = (row + 1 < ROWS) & (first + row + 1 < height)
+        painted = tl.load(pixels + (row + 1) * (4 * width), mask=shown & there, other=0.0)
+        level = tl.load(y + (row + 1) * (width * K), mask=inside & there, other=0.0)
+        # Beyond the border y is 0.
+        found += value * now
+        value *= tl.where(now > 0, own, slope)
+        total = tl.trans(_multiply(value, factor))
+        there = inside & (first + row < height) & (output < C_OUT)[None, :]
+        tl.store(out + row * (width * C_OUT), total, mask=there)
+    if tl.program_id(1) == 0:
+        tl.store(sums + program.to(tl.int64) * K + channel, tl.sum(found, 0))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+def _gather_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     gradient,
     taps,
     more,
     y,
     style,
-    weight,
-    sums,
-    out,
-    height,
-    width,
-    leak,
-    K: tl.constexpr,
-    C_OUT: tl.constexpr,
-    MORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-):
-    # From behind one layer's 1×1 convolution to behind that of the layer before, `weight`
-    # [C_OUT, K], whose activated result is `y` [.., K]; `more` reads y beside the layer.
-    tile = tl.program_id(0)
-    image, row, column, _ = _place(tile, height // 2, width // 2, ROWS, COLUMNS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([OUTPUTS, 4 * ROWS * COLUMNS], dtype=tl.float32)
-    gradient += image * height * width * K
-    y += image * height * width * K
-    out += image * height * width * C_OUT
-    if MORE:
-        more += image * height * width * K
-    for start in range(0, K, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        a, b, c, d = _convolve(gradient, taps, row, column, channel, height, width, K, True)
-        if MORE:
-            a += _read(more, 2 * row, 2 * column, channel, height, width, K)
-            b += _read(more, 2 * row, 2 * column + 1, channel, height, width, K)
-            c += _read(more, 2 * row + 1, 2 * column, channel, height, width, K)
-            d += _read(more, 2 * row + 1, 2 * column + 1, channel, height, width, K)
-        # Beyond the border y is 0.
-        level_a = _read(y, 2 * row, 2 * column, channel, height, width, K)
-        level_b = _read(y, 2 * row, 2 * column + 1, channel, height, width, K)
-        level_c = _read(y, 2 * row + 1, 2 * column, channel, height, width, K)
-        level_d = _read(y, 2 * row + 1, 2 * column + 1, channel, height, width, K)
-        if tl.program_id(1) == 0:
-            found = a * level_a + b * level_b + c * level_c + d * level_d
-            tl.store(sums + tile.to(tl.int64) * K + channel, tl.sum(found, 0))
-        own = tl.load(style + image * K + channel)[None, :]
-        a *= tl.where(level_a > 0, own, leak * own)
-        b *= tl.where(level_b > 0, own, leak * own)
-        c *= tl.where(level_c > 0, own, leak * own)
-        d *= tl.where(level_d > 0, own, leak * own)
-        entry = output[:, None] * K + channel[None, :]
-        factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
-        total = _multiply(_stack(a, b, c, d), factor, total)
-    pixel, inside = _place_pixels(tile, height, width, ROWS, COLUMNS)
-    at = (pixel * C_OUT)[:, None] + output[None, :]
-    there = inside[:, None] & (output < C_OUT)[None, :]
-    tl.store(out + at, tl.trans(total), mask=there)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _back_band(  # type: ignore[no-untyped-def] # pragma: no cover
-    value,
-    own,
-    x,
-    up,
-    sums,
-    row,
-    column,
-    stored,
-    height,
-    width,
-    leak,
-    BANDS: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
-    # One band's gradient: its sum with the band, then through its style and activation.
-    level = _read(x, row, column, stored, height, width, BANDS)
-    if tl.program_id(1) == 0:
-        tl.store(sums + stored, tl.sum(value * level, 0))
-    scale = tl.load(up + stored)[None, :] * own
-    if PRODUCT:
-        scale = tl.where(level > 0, scale, leak * scale)
-    return value * scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _back_merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
-    gradient,
-    taps,
-    x,
-    up,
-    style,
-    weight,
     sums,
     out,
     height,
     width,
     leak,
     C: tl.constexpr,
-    C_OUT: tl.constexpr,
-    PRODUCT: tl.constexpr,
+    MORE: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    # As _back_kernel, through the inverse Haar transform that the layer reads: `x` [N, h, w, 4 C]
-    # are the bands, `gradient` [N, 2 h, 2 w, C], `weight` [C_OUT, 4 C]. Without PRODUCT `out` is
-    # the bands' gradient itself. Sums are of the bands and their gradients before any style.
-    tile = tl.program_id(0)
-    image, row, column, inside = _place(tile, height, width, ROWS, COLUMNS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    total = tl.zeros([OUTPUTS, ROWS * COLUMNS], dtype=tl.float32)
-    place = row * width + column
-    gradient += image * (4 * height * width * C)
-    x += image * (height * width * 4 * C)
-    out += image * (height * width * C_OUT)
-    up += image * (4 * C)
-    sums += tile.to(tl.int64) * (4 * C)
-    band = tl.arange(0, 4 * CHANNELS) // CHANNELS
-    for start in range(0, C, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        a, b, c, d = _convolve(gradient, taps, row, column, channel, 2 * height, 2 * width, C, True)
-        own = tl.load(style + image * C + channel)[None, :]
-        # With respect to the bands: low, between rows, between columns, between both.
-        low = _back_band(
-            (a + b) + (c + d),
-            own, x, up, sums, row, column, channel, height, width, leak, 4 * C, PRODUCT,
-        )  # fmt: skip
-        rows = _back_band(
-            (a + b) - (c + d),
-            own, x, up, sums, row, column, C + channel, height, width, leak, 4 * C, PRODUCT,
-        )  # fmt: skip
-        columns = _back_band(
-            (a - b) + (c - d),
-            own, x, up, sums, row, column, 2 * C + channel, height, width, leak, 4 * C, PRODUCT,
-        )  # fmt: skip
-        both = _back_band(
-            (a - b) - (c - d),
-            own, x, up, sums, row, column, 3 * C + channel, height, width, leak, 4 * C, PRODUCT,
-        )  # fmt: skip
-        bands = tl.permute(tl.join(tl.join(low, rows), tl.join(columns, both)), (0, 3, 2, 1))
-        value = tl.reshape(bands, (ROWS * COLUMNS, 4 * CHANNELS))
-        stored = band * C + start + tl.arange(0, 4 * CHANNELS) % CHANNELS
-        if PRODUCT:
-            entry = output[:, None] * (4 * C) + stored[None, :]
-            factor = tl.load(weight + entry, mask=output[:, None] < C_OUT, other=0.0)
-            total = _multiply(value, factor, total)
-        else:
-            at = (place * (4 * C))[:, None] + stored[None, :]
-            tl.store(out + at, value, mask=inside[:, None])
-    if PRODUCT:
-        at = (place * C_OUT)[:, None] + output[None, :]
-        there = inside[:, None] & (output < C_OUT)[None, :]
-        tl.store(out + at, tl.trans(total), mask=there)
+    # Back through a depthwise convolution, a style and an activation, whose result is `y`; `more`
+    # reads y beside the layer.
+    program = tl.program_id(0)
+    image, first, column = _strip(program, height, width, ROWS, PLACES)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    size = image * height * width * C
+    gradient += size
+    y += size
+    out += size
+    if MORE:
+        more += size
+    own = tl.load(style + image * C + channel)[None, :]
+    slope = leak * own
+    t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, True)
+    a, b, c, d = _row(gradient, first - 1, column, channel, height, width, C)
+    left, right = _weigh(a, b, c, d, t0, t1, t2)
+    a, b, c, d = _row(gradient, first, column, channel, height, width, C)
+    left, right = _add(left, right, a, b, c, d, t3, t4, t5)
+    next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+    found = tl.zeros([PLACES, CHANNELS], dtype=tl.float32)
+    for row in tl.range(first, first + ROWS, num_stages=STAGES):
+        a, b, c, d = _row(gradient, row + 1, column, channel, height, width, C)
+        there = ((row < height) & (column < width))[:, None]
+        at = ((row * width + column) * C)[:, None] + channel[None, :]
+        level_left = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
+        level_right = tl.load(y + at + C, mask=there, other=0.0).to(tl.float32)
+        left, right = _add(left, right, a, b, c, d, t6, t7, t8)
+        if MORE:
+            left += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
+            right += tl.load(more + at + C, mask=there, other=0.0).to(tl.float32)
+        # Beyond the border y is 0.
+        found += left * level_left + right * level_right
+        tl.store(out + at, left * tl.where(level_left > 0, own, slope), mask=there)
+        tl.store(out + at + C, right * tl.where(level_right > 0, own, slope), mask=there)
+        left, right = _add(next_left, next_right, a, b, c, d, t3, t4, t5)
+        next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+    tl.store(sums + program.to(tl.int64) * C + channel, tl.sum(found, 0))
 
 
-def _single(channels: int) -> dict[str, int]:  # pragma: no cover
-    """How a kernel is launched whose places are pixels."""
-    return _tiling(ROWS, COLUMNS, WARPS, channels)
-
-
-def _group(channels: int) -> dict[str, int]:  # pragma: no cover
-    """How a kernel is launched whose places stand for 2×2 pixels each."""
-    return _tiling(GROUP_ROWS, GROUP_COLUMNS, GROUP_WARPS, channels)
-
-
-def _tiling(
-    rows: int, columns: int, warps: int, channels: int
-) -> dict[str, int]:  # pragma: no cover
-    return {
-        "ROWS": rows,
-        "COLUMNS": columns,
-        "CHANNELS": min(channels, CHANNELS),
-        "num_warps": warps,
-        "num_stages": STAGES,
-    }
+@triton.jit  # type: ignore[untyped-decorator]
+def _gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    gradient,
+    taps,
+    x,
+    up,
+    style,
+    sums,
+    out,
+    height,
+    width,
+    leak,
+    C: tl.constexpr,
+    ACTIVATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # As _gather_kernel, through the inverse Haar transform that the layer reads: `x` and `out`
+    # [N, h, w, 4 C] are the bands, `gradient` is [N, 2 h, 2 w, C]. `leak` counts if ACTIVATED. Sums
+    # are of the bands and their gradients before any style.
+    program = tl.program_id(0)
+    image, first, column = _strip(program, 2 * height, 2 * width, 2 * ROWS, PLACES)
+    place = column // 2
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    size = image * (4 * height * width * C)
+    gradient += size
+    x += size
+    out += size
+    own = tl.load(style + image * C + channel)
+    up += image * (4 * C) + channel
+    scale_low = (own * tl.load(up))[None, :]
+    scale_rows = (own * tl.load(up + C))[None, :]
+    scale_columns = (own * tl.load(up + 2 * C))[None, :]
+    scale_both = (own * tl.load(up + 3 * C))[None, :]
+    t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, True)
+    a, b, c, d = _row(gradient, first - 1, column, channel, 2 * height, 2 * width, C)
+    left, right = _weigh(a, b, c, d, t0, t1, t2)
+    a, b, c, d = _row(gradient, first, column, channel, 2 * height, 2 * width, C)
+    left, right = _add(left, right, a, b, c, d, t3, t4, t5)
+    next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+    found_low = tl.zeros([PLACES, CHANNELS], dtype=tl.float32)
+    found_rows = tl.zeros([PLACES, CHANNELS], dtype=tl.float32)
+    found_columns = tl.zeros([PLACES, CHANNELS], dtype=tl.float32)
+    found_both = tl.zeros([PLACES, CHANNELS], dtype=tl.float32)
+    for row in tl.range(first // 2, first // 2 + ROWS, num_stages=STAGES):
+        a, b, c, d = _row(gradient, 2 * row + 1, column, channel, 2 * height, 2 * width, C)
+        e, f, g, h = _row(gradient, 2 * row + 2, column, channel, 2 * height, 2 * width, C)
+        there = ((row < height) & (place < width))[:, None]
+        at = ((row * width + place) * (4 * C))[:, None] + channel[None, :]
+        level_low = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+        level_rows = tl.load(x + at + C, mask=there, other=0.0).to(tl.float32)
+        level_columns = tl.load(x + at + 2 * C, mask=there, other=0.0).to(tl.float32)
+        level_both = tl.load(x + at + 3 * C, mask=there, other=0.0).to(tl.float32)
+        # The upper row becomes whole, then the lower one.
+        upper_left, upper_right = _add(left, right, a, b, c, d, t6, t7, t8)
+        left, right = _add(next_left, next_right, a, b, c, d, t3, t4, t5)
+        next_left, next_right = _weigh(a, b, c, d, t0, t1, t2)
+        lower_left, lower_right = _add(left, right, e, f, g, h, t6, t7, t8)
+        left, right = _add(next_left, next_right, e, f, g, h, t3, t4, t5)
+        next_left, next_right = _weigh(e, f, g, h, t0, t1, t2)
+        upper, upper_slope = upper_left + upper_right, upper_left - upper_right
+        lower, lower_slope = lower_left + lower_right, lower_left - lower_right
+        low, rows = upper + lower, upper - lower
+        columns, both = upper_slope + lower_slope, upper_slope - lower_slope
+        found_low += low * level_low
+        found_rows += rows * level_rows
+        found_columns += columns * level_columns
+        found_both += both * level_both
+        low *= scale_low
+        rows *= scale_rows
+        columns *= scale_columns
+        both *= scale_both
+        if ACTIVATED:
+            low = tl.where(level_low > 0, low, leak * low)
+            rows = tl.where(level_rows > 0, rows, leak * rows)
+            columns = tl.where(level_columns > 0, columns, leak * columns)
+            both = tl.where(level_both > 0, both, leak * both)
+        tl.store(out + at, low, mask=there)
+        tl.store(out + at + C, rows, mask=there)
+        tl.store(out + at + 2 * C, columns, mask=there)
+        tl.store(out + at + 3 * C, both, mask=there)
+    sums += program.to(tl.int64) * (4 * C) + channel
+    tl.store(sums, tl.sum(found_low, 0))
+    tl.store(sums + C, tl.sum(found_rows, 0))
+    tl.store(sums + 2 * C, tl.sum(found_columns, 0))
+    tl.store(sums + 3 * C, tl.sum(found_both, 0))
 
 
 def _tiles(rows: int, columns: int, n: int, height: int, width: int) -> int:  # pragma: no cover
     tiles: int = n * triton.cdiv(height, rows) * triton.cdiv(width, columns)
     return tiles
+
+
+def _walk(
+    rows: int, n: int, height: int, width: int, channels: int
+) -> tuple[tuple[int, int], dict[str, int]]:  # pragma: no cover
+    """How a kernel is launched that walks down the rows of a map: its grid and sizes."""
+    narrow = min(channels, STRIP_CHANNELS)
+    grid = (_tiles(rows, 2 * STRIP_PLACES, n, height, width), channels // narrow)
+    sizes = {
+        "ROWS": rows,
+        "PLACES": STRIP_PLACES,
+        "CHANNELS": narrow,
+        "STAGES": STRIP_STAGES,
+        "num_warps": STRIP_WARPS,
+    }
+    return grid, sizes
 
 
 def _add_up(sums: Tensor, n: int) -> Tensor:  # pragma: no cover
@@ -531,37 +556,47 @@ def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
     return out
 
 
-def _wide(outputs: int) -> int:  # pragma: no cover
-    """Outputs of a program; tensor cores take 64 at least, of which some may be surplus."""
-    return max(64, min(outputs, OUTPUTS))
+def _spread(x: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cover
+    """Modulation and depthwise 3×3 of x [N, h, w, C]."""
+    n, height, width, channels = x.shape
+    out = torch.empty_like(x)
+    grid, sizes = _walk(SPREAD_ROWS, n, height, width, channels)
+    _spread_kernel[grid](x, style, taps, out, height, width, C=channels, **sizes)
+    return out
 
 
-def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
+def _product(x: Tensor, layer: Any) -> Tensor:  # pragma: no cover
+    """The 1×1 convolution of x [N, h, w, I], noise, bias, leaky ReLU."""
     n, height, width, inputs = x.shape
     outputs = layer.weight.shape[0]
     out = x.new_empty(n, height, width, outputs)
-    wide = _wide(outputs)
-    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height // 2, width // 2)
-    grid = (tiles, triton.cdiv(outputs, wide))
-    _layer_kernel[grid](
+    rows = n * height * width
+    m, wide, terms, warps, stages = PRODUCT if outputs > NARROW_PRODUCT[1] else NARROW_PRODUCT
+    wide, terms = min(wide, outputs), min(terms, inputs)
+    _product_kernel[(triton.cdiv(rows, m), triton.cdiv(outputs, wide))](
         x,
-        style,
-        layer.taps,
         layer.weight,
         layer.constant,
         layer.bias,
         out,
-        height,
-        width,
+        rows,
+        height * width,
         LEAK,
         C_IN=inputs,
         C_OUT=outputs,
         CONSTANTS=layer.constant.shape[-1],
         BIAS=layer.bias is not None,
-        OUTPUTS=wide,
-        **_group(inputs),
+        M=m,
+        N=wide,
+        K=terms,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out
+
+
+def _layer(x: Tensor, style: Tensor, layer: Any) -> Tensor:  # pragma: no cover
+    return _product(_spread(x, style, layer.taps), layer)
 
 
 def _image(
@@ -583,7 +618,11 @@ def _image(
         C=channels,
         SKIPPED=0 if skipped is None else skipped.shape[-1],
         CONSTANTS=1 if head.constant.ndim == 1 else COLOURS,
-        **_single(channels),
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        CHANNELS=min(channels, CHANNELS),
+        num_warps=WARPS,
+        num_stages=1,
     )
     return out
 
@@ -604,8 +643,10 @@ def _back_image(
         Gradients [N, h, w, O], and of the style [N, K].
     """
     n, height, width, channels = y.shape
-    outputs, wide = len(weight), _wide(len(weight))
-    tiles = _tiles(ROWS, COLUMNS, n, height, width)
+    outputs = len(weight)
+    # Tensor cores take 64 at least, of which some may be surplus.
+    wide = max(64, min(outputs, OUTPUTS))
+    tiles = _tiles(PAINTED_ROWS, PAINTED_PLACES, n, height, width)
     sums = torch.empty(tiles, channels, device=y.device)
     out = y.new_empty(n, height, width, outputs)
     _back_image_kernel[(tiles, triton.cdiv(outputs, wide))](
@@ -621,86 +662,75 @@ def _back_image(
         LEAK,
         K=channels,
         C_OUT=outputs,
+        ROWS=PAINTED_ROWS,
+        PLACES=PAINTED_PLACES,
         OUTPUTS=wide,
-        **_single(channels),
+        num_warps=WARPS,
+        num_stages=1,
     )
     return out, _add_up(sums, n)
 
 
-def _back(
-    gradient: Tensor,
-    taps: Tensor,
-    y: Tensor,
-    style: Tensor,
-    weight: Tensor,
-    more: Tensor | None = None,
+def _gather(
+    gradient: Tensor, taps: Tensor, y: Tensor, style: Tensor, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:  # pragma: no cover
-    """From behind a layer's 1×1 convolution to behind that of the layer before.
+    """From behind a layer's depthwise convolution to before the activation that it reads.
 
     Args:
-        gradient: [N, h, w, K], behind the layer's depthwise convolution with `taps`.
-        y, style, weight: as `_back_image` takes them.
-        more: [N, h, w, K], gradient of another reader of the modulated map.
+        gradient: [N, h, w, C], behind the convolution with `taps`.
+        y: [N, h, w, C], the activated map.
+        style: [N, C], what it was modulated with.
+        more: [N, h, w, C], gradient of another reader of the modulated map.
+
+    Returns:
+        Gradients [N, h, w, C], and of the style [N, C].
     """
     n, height, width, channels = y.shape
-    outputs, wide = len(weight), _wide(len(weight))
-    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height // 2, width // 2)
-    sums = torch.empty(tiles, channels, device=y.device)
-    out = y.new_empty(n, height, width, outputs)
-    _back_kernel[(tiles, triton.cdiv(outputs, wide))](
+    grid, sizes = _walk(GATHER_ROWS, n, height, width, channels)
+    sums = torch.empty(grid[0], channels, device=y.device)
+    out = torch.empty_like(y)
+    _gather_kernel[grid](
         gradient,
         taps,
         more,
         y,
         style,
-        weight,
-        sums,
-        out,
-        height,
-        width,
-        LEAK,
-        K=channels,
-        C_OUT=outputs,
-        MORE=more is not None,
-        OUTPUTS=wide,
-        **_group(channels),
-    )
-    return out, _add_up(sums, n)
-
-
-def _back_merge(
-    gradient: Tensor,
-    taps: Tensor,
-    x: Tensor,
-    up: Tensor,
-    style: Tensor,
-    weight: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
-    """The same through the bands x [N, h, w, 4 C]: gradients, of the styles of bands and layer."""
-    n, height, width, bands = x.shape
-    channels = bands // 4
-    outputs = bands if weight is None else len(weight)
-    wide = 64 if weight is None else _wide(outputs)
-    tiles = _tiles(GROUP_ROWS, GROUP_COLUMNS, n, height, width)
-    sums = torch.empty(tiles, bands, device=x.device)
-    out = x.new_empty(n, height, width, outputs)
-    _back_merge_kernel[(tiles, 1 if weight is None else triton.cdiv(outputs, wide))](
-        gradient,
-        taps,
-        x,
-        up,
-        style,
-        weight,
         sums,
         out,
         height,
         width,
         LEAK,
         C=channels,
-        C_OUT=outputs,
-        PRODUCT=weight is not None,
-        OUTPUTS=wide,
-        **_group(channels),
+        MORE=more is not None,
+        maxnreg=GATHER_REGISTERS,
+        **sizes,
+    )
+    return out, _add_up(sums, n)
+
+
+def _gather_bands(
+    gradient: Tensor, taps: Tensor, x: Tensor, up: Tensor, style: Tensor, *, activated: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
+    """The same through the bands x [N, h, w, 4 C]: gradients, of the styles of bands and layer."""
+    n, height, width, bands = x.shape
+    channels = bands // 4
+    grid, sizes = _walk(GATHER_ROWS, n, 2 * height, 2 * width, channels)
+    sums = torch.empty(grid[0], bands, device=x.device)
+    out = torch.empty_like(x)
+    _gather_bands_kernel[grid](
+        gradient,
+        taps,
+        x,
+        up,
+        style,
+        sums,
+        out,
+        height,
+        width,
+        LEAK,
+        C=channels,
+        ACTIVATED=activated,
+        **sizes | {"ROWS": GATHER_ROWS // 2},
     )
     found = _add_up(sums, n).view(n, 4, channels)
     of_up = (found * style[:, None]).flatten(1)
@@ -745,31 +775,37 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
         styles, maps = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
         found: list[Tensor] = []  # from the last style to the first
         head, blocks = tail.head, list(tail.blocks)
-        below = blocks[-1].conv2.columns
         if head.layers:
             conv1, conv2 = head.layers
             gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), conv2.columns)
             found.append(own)
-            gradient, own = _back(gradient, conv2.taps, maps.pop(), styles.pop(), conv1.columns)
+            gradient, own = _gather(gradient, conv2.taps, maps.pop(), styles.pop())
             found.append(own)
             # The product that skips both layers.
             more = _unpaint(pixels).to(gradient.dtype) @ head.skip_rows[:12]
-            gradient, own = _back(gradient, conv1.taps, maps.pop(), styles.pop(), below, more)
+            gradient = gradient @ conv1.weight
+            gradient, own = _gather(gradient, conv1.taps, maps.pop(), styles.pop(), more)
+            gradient = gradient @ blocks[-1].conv2.weight
         else:
+            below = blocks[-1].conv2.columns
             gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), below)
         found.append(own)
         while blocks:
             block = blocks.pop()
-            gradient, own = _back(
-                gradient, block.conv2.taps, maps.pop(), styles.pop(), block.conv1.columns
-            )
+            gradient, own = _gather(gradient, block.conv2.taps, maps.pop(), styles.pop())
             found.append(own)
             first, up = styles.pop(), styles.pop()
-            below = blocks[-1].conv2.columns if blocks else None
-            gradient, of_up, own = _back_merge(
-                gradient, block.conv1.taps, maps.pop(), up, first, below
+            gradient, of_up, own = _gather_bands(
+                gradient @ block.conv1.weight,
+                block.conv1.taps,
+                maps.pop(),
+                up,
+                first,
+                activated=bool(blocks),
             )
             found += [own, of_up]
+            if blocks:
+                gradient = gradient @ blocks[-1].conv2.weight
         return None, gradient, *reversed(found)
 
 
