@@ -89,19 +89,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         cells = choose_cells(args)
+        compiled = args.keep_cache
         for cell in cells:
             # What is measured cold comes first in the suites.
             if args.prepare and not cell.second_start and compiles(cell):
                 prepare(
                     [c for c in cells[cells.index(cell) :] if compiles(c)], args, settings, scratch
                 )
-                args.prepare = 0
+                args.prepare, compiled = 0, True
             spent = time.monotonic() - began
             if results["cells"] and args.budget is not None and spent > args.budget:
                 report = dataclasses.asdict(cell) | {"failed": "no time was left for it"}
             else:
                 report = run(cell, args, settings, scratch)
             report["name"] = cell.name
+            report["compiled_before"] = compiled and compiles(cell)
             results["cells"].append(report)
             say(cell, report)
             if args.out is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 from benchmark_tables import milliseconds, read_results
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from lmexp.errors import LmexpError
@@ -19,6 +21,8 @@ from lmexp.figures.paper import PAGE_WIDTH, Sheet, paper_style, pick_colours, sa
 HEIGHT = 5.2
 ENTRY = 0.13
 """In, of a line of the legend below."""
+NOTE_SIZE, NOTE_ABOVE = 5, 2
+"""Points: of the words at a line's end, and between both."""
 STEPS = 1000
 """Of the published recipe, to which the start's seconds are set in relation."""
 
@@ -100,18 +104,30 @@ def plot(axes: Axes, line: Line, colour: str, name: str, style: str = "-") -> No
     axes.plot(places, values, style, marker="o", markersize=3, color=colour, label=name)
 
 
-def note(axes: Axes, line: Any, text: str) -> None:
-    """A few words at a line's end, in its colour."""
-    x, y = line.get_xdata()[-1], line.get_ydata()[-1]
-    axes.annotate(
-        text,
-        (x, y),
-        xytext=(0, 2),
-        textcoords="offset points",
-        ha="right",
-        fontsize=5,
-        color=line.get_color(),
-    )
+def note(axes: Axes, words: Sequence[tuple[Any, str]]) -> None:
+    """A few words at each line's end, in its colour, no two over each other, legible on lines.
+
+    To be called when the axes have their scales.
+    """
+    axes.autoscale_view()
+    points = 72 / axes.figure.dpi
+    ends = [(line.get_xdata()[-1], line.get_ydata()[-1]) for line, _ in words]
+    heights = [axes.transData.transform(end)[1] * points for end in ends]
+    lowest = -math.inf
+    for index in sorted(range(len(words)), key=heights.__getitem__):
+        line, text = words[index]
+        lowest = max(heights[index] + NOTE_ABOVE, lowest)
+        axes.annotate(
+            text,
+            ends[index],
+            xytext=(0, lowest - heights[index]),
+            textcoords="offset points",
+            ha="right",
+            fontsize=NOTE_SIZE,
+            color=line.get_color(),
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+        )
+        lowest += NOTE_SIZE
 
 
 def use_powers(axes: Axes, places: Iterable[float]) -> None:
@@ -141,6 +157,7 @@ def draw_resolutions(axes: Axes, cells: list[dict[str, Any]], colours: dict[str,
         if cell["devices"] == 1:
             groups[label(cell)][cell["batch"]].append(cell)
     places: set[float] = set()
+    words: list[tuple[Any, str]] = []
     for name, by_batch in groups.items():
         several = [
             b for b, chosen in by_batch.items() if len({c["resolution"] for c in chosen}) > 1
@@ -150,10 +167,11 @@ def draw_resolutions(axes: Axes, cells: list[dict[str, Any]], colours: dict[str,
             named = f"{name}, batch {batch}"
             lines = collect(by_batch[batch], lambda c, n=named: n, "resolution", median)  # type: ignore[misc]
             plot(axes, lines[named][1], colours[name], named)
-            note(axes, axes.lines[-1], f"{batch} at once")
+            words.append((axes.lines[-1], f"{batch} at once"))
             places |= set(lines[named][1])
     if places:
         use_powers(axes, places)
+        note(axes, words)
 
 
 def rank(cell: dict[str, Any]) -> tuple[bool, int, int]:
@@ -168,10 +186,12 @@ def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str])
         key = label(cell)
         if cell["devices"] == 1 and (key not in best or rank(cell) > rank(best[key])):
             best[key] = cell
+    words: list[tuple[Any, str]] = []
     for name, cell in best.items():
         images = cell["batch"] * cell["devices"]
         each = statistics.median(cell["seconds_per_step"])
-        starts = {"": cell["build_seconds"] + cell["start_seconds"]}
+        first = ", compiled before" if cell.get("compiled_before") else ""
+        starts = {first: cell["build_seconds"] + cell["start_seconds"]}
         if "second_start_seconds" in cell:
             starts[", second start"] = cell["second_build_seconds"] + cell["second_start_seconds"]
         for which, begun in starts.items():
@@ -180,9 +200,10 @@ def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str])
             seconds = [(begun + (place - warm) * each) / images for place in places]
             style = STYLES.get(cell["resolution"], "-")
             (drawn,) = axes.plot(places, seconds, style, color=colours[name], label=name + which)
-            note(axes, drawn, f"{images} at once{which}")
+            words.append((drawn, f"{images} at once{which}"))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    note(axes, words)
 
 
 def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) -> None:
@@ -194,9 +215,11 @@ def draw_gpus(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str]) 
         "devices",
         lambda c: -1000 / median(c),
     )
+    words: list[tuple[Any, str]] = []
     for name, (cell, line) in lines.items():
         rates = {place: -rate for place, rate in line.items()}
         plot(axes, rates, colours[label(cell)], name, STYLES.get(cell["resolution"], "-"))
-        note(axes, axes.lines[-1], f"{cell['batch']} at once")
+        words.append((axes.lines[-1], f"{cell['batch']} at once"))
         axes.set_xticks(sorted(rates))
         axes.set_ylim(bottom=0)
+    note(axes, words)

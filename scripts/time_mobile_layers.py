@@ -43,26 +43,28 @@ STRIPS = tuple(
         "STRIP_PLACES": places,
         "STRIP_WARPS": warps,
         "STRIP_STAGES": stages,
+        "BANDS_STAGES": stages,
         "SPREAD_ROWS": rows,
         "GATHER_ROWS": rows,
-        "GATHER_REGISTERS": registers,
     }
-    for rows, places, warps, stages, registers in (
-        (16, 16, 4, 4, 168),
-        (32, 16, 4, 3, 168),
-        (32, 16, 4, 5, 168),
-        (64, 16, 4, 4, 168),
-        (32, 16, 4, 4, None),
-        (32, 32, 8, 4, None),
+    for rows, places, warps, stages in (
+        (16, 16, 4, 4),
+        (32, 16, 4, 3),
+        (32, 16, 4, 5),
+        (64, 16, 4, 3),
+        (32, 16, 8, 3),
+        (32, 32, 8, 4),
     )
 )
 PRODUCTS = tuple(
     {"PRODUCT": sizes, "NARROW_PRODUCT": sizes}
     for sizes in (
-        (128, 64, 64, 4, 4),
+        (64, 64, 64, 4, 2),
         (64, 128, 64, 4, 4),
-        (128, 256, 64, 8, 3),
-        (256, 128, 64, 8, 3),
+        (64, 128, 64, 4, 2),
+        (128, 128, 64, 8, 2),
+        (128, 128, 32, 8, 4),
+        (128, 256, 64, 8, 2),
     )
 )
 PAINTED = tuple(

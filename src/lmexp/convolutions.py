@@ -135,10 +135,14 @@ class UnshuffledConv(nn.Module):
         self.surplus = -blocks.shape[1] % 8
         self.conv = LoweredConv(F.pad(blocks, (0, 0, 0, 0, 0, self.surplus)), bias, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [N, I, h, w], h and w even -> [N, O, h / 2, w / 2]."""
+    def arrange(self, x: Tensor) -> Tensor:
+        """x: [N, I, h, w], h and w even -> what `conv` reads, [N, 16, h / 2 + …, w / 2 + …]."""
         x = x.to(self.conv.weight.dtype)
         x = F.pixel_unshuffle(F.pad(x, (self.pad,) * 4), 2)
         x = F.pad(x, (0, 0, 0, 0, 0, self.surplus))
-        y: Tensor = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [N, I, h, w], h and w even -> [N, O, h / 2, w / 2]."""
+        y: Tensor = self.conv(self.arrange(x))
         return y

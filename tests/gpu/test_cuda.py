@@ -253,21 +253,29 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    gc.collect()
-    torch.cuda.empty_cache()
-    # Three GiB beside what graphs of the tests before this one keep.
-    allowed = torch.cuda.memory_reserved() + 3 * 2**30
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(allowed / total)
     words = ["optimizer.steps=6", "latent.start=mean", "tracker=none"]
     words += ["scores=none", "figure=[]", "inputs.look=generated:1", "recording.video_frames=0"]
-    sweep = ["-m", f"seed={','.join(map(str, range(12)))}", "hardware=cuda"]
+
+    def sweep(jobs: int, folder: str) -> int:
+        """Bytes that a batch of so many jobs takes of the GPU at most."""
+        seeds = f"seed={','.join(map(str, range(jobs)))}"
+        more = ["-m", seeds, "hardware=cuda", f"hardware.batch_size={jobs}"]
+        monkeypatch.setattr(sys, "argv", ["lmexp", *words, *more, f"output_dir={folder}"])
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        cli.main()  # a sweep that ends well returns, it does not exit
+        return torch.cuda.max_memory_reserved()
+
+    two, four = sweep(2, "two"), sweep(4, "four")
+    assert four > two
+    # Room for nine jobs: more than six, and not twelve.
+    allowed = two + 7 * (four - two) // 2
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
-        monkeypatch.setattr(
-            sys, "argv", ["lmexp", *words, *sweep, "hardware.batch_size=12", "output_dir=runs"]
-        )
         with caplog.at_level("WARNING", logger="lmexp"):
-            cli.main()  # a sweep that ends well returns, it does not exit
+            sweep(12, "runs")
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     states = [json.loads(p.read_text())["state"] for p in Path("runs").glob("**/status.json")]

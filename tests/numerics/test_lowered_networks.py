@@ -29,6 +29,7 @@ from lmexp.generators.mobile_stylegan import MobileNetwork
 from lmexp.landmarks.embedded import EmbeddedFan
 from lmexp.landmarks.face_alignment_network import FaceAlignmentNetwork
 from lmexp.landmarks.fan import Fan
+from lmexp.landmarks.frozen_fan import FrozenFan
 from lmexp.losses.identity_network import IdentityNetwork
 from lmexp.losses.lpips import feature_distance, normalise
 from lmexp.losses.perceptual import hed
@@ -225,6 +226,37 @@ def test_unshuffled_convolution_is_the_strided_one() -> None:
     wanted = F.conv2d(x, weight, bias, stride=2, padding=3)
     got = UnshuffledConv(weight, bias, torch.float32)(x)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [256, 512])
+def test_what_comes_before_the_landmark_networks_kernels_is_compiled(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FrozenFan, "has_kernels", True)
+    network = EmbeddedFan()
+    network.lower_precision(HALF)
+    images = draw_images(1, side, side).requires_grad_()
+    wanted = network(images)
+    (slope,) = torch.autograd.grad(wanted.square().sum(), images)
+    shapes = []
+
+    def fuse(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        torch.compiler.reset()
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=False)
+
+        def call(images: Tensor) -> Tensor:
+            shapes.append(images.shape)
+            made: Tensor = compiled(images)
+            return made
+
+        return call
+
+    network.compile_regions(fuse)
+    got = network(images)
+    (gradient,) = torch.autograd.grad(got.square().sum(), images)
+    assert shapes == [(2, 3, side, side)]
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(gradient, slope)
 
 
 def test_haar_by_indices_is_that_by_shuffling() -> None:

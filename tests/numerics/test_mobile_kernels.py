@@ -83,6 +83,62 @@ def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, f
     assert 0 < worst < 1e-5
 
 
+WALK = {"ROWS": 16, "PLACES": 16, "CHANNELS": 64, "STAGES": 4}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("_merge_kernel", {"C": 64, "BLOCK": 1024}),
+        ("_spread_kernel", {"C": 64, **WALK}),
+        ("_gather_kernel", {"C": 64, "MORE": True, **WALK}),
+        ("_gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
+        (
+            "_product_kernel",
+            {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 64, "K": 64},
+        ),
+        (
+            "_image_kernel",
+            {"C": 64, "SKIPPED": 0, "CONSTANTS": 1, "ROWS": 8, "COLUMNS": 16, "CHANNELS": 64},
+        ),
+        (
+            "_back_image_kernel",
+            {"K": 64, "C_OUT": 64, "ROWS": 32, "PLACES": 64, "OUTPUTS": 64},
+        ),
+    ],
+)
+def test_kernels_compile_for_a_gpu(name: str, sizes: dict[str, object]) -> None:
+    # The interpreter takes what the compiler refuses, such as a variable of two types in a loop.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lmexp.generators import mobile_triton
+
+    kernel = getattr(mobile_triton, name)
+    halves = ("x", "y", "weight", "more", "gradient", "colours", "skipped", "skip_weight")
+    whole = {"rows", "places", "count", "height", "width"}
+    types = {
+        argument: "constexpr"
+        if argument in sizes
+        else "i32"
+        if argument in whole
+        else "fp32"
+        if argument == "leak"
+        else "*bf16"
+        if argument in halves or (argument == "out" and name != "_image_kernel")
+        else "*fp32"
+        for argument in kernel.arg_names
+    }
+    made = triton.compile(
+        ASTSource(kernel, signature=types, constexprs=sizes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4, "num_stages": 1},
+    )
+    assert made.asm["cubin"]
+
+
 if __name__ == "__main__":
     mobile_lowered.DENSE_SIDE = 4
     if sys.argv[1] == "cpu":

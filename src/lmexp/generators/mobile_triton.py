@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 LEAK = 0.2
 ROWS, COLUMNS, WARPS = 8, 16, 4
 """Places of a program of the image, and warps that work on them."""
-STRIP_PLACES, STRIP_CHANNELS, STRIP_WARPS, STRIP_STAGES = 16, 64, 4, 4
-"""Of a program that walks down the rows of a strip: pairs of pixels of a row, channels, warps, and
-rows under way at once. This and what follows was the fastest of ten on an H200 at nearly every
-size; `scripts/time_mobile_layers.py` times others."""
+STRIP_PLACES, STRIP_CHANNELS, STRIP_WARPS = 16, 64, 4
+"""Of a program that walks down the rows of a strip: pairs of pixels of a row, channels, warps. This
+and what follows was the fastest of ten on an H200, or within some percent of it, at every size;
+`scripts/time_mobile_layers.py` times others."""
 SPREAD_ROWS, GATHER_ROWS = 16, 32
 """Rows of a strip, forward and backward."""
-GATHER_REGISTERS = 168
-"""A thread's, backward: so that three programs fit a multiprocessor, not two."""
+STRIP_STAGES, BANDS_STAGES = 4, 3
+"""Rows under way at once, and of the way back through bands, which has more loads to a row."""
 PRODUCT, NARROW_PRODUCT = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4)
 """Of a product's program: rows, outputs, terms of a step, warps and steps under way; the second
-with up to 64 outputs."""
+with up to 64 inputs or outputs."""
 PAINTED_ROWS, PAINTED_PLACES = 32, 64
 """Of a strip of the way back through the image."""
 CHANNELS = 64
@@ -571,7 +571,8 @@ def _product(x: Tensor, layer: Any) -> Tensor:  # pragma: no cover
     outputs = layer.weight.shape[0]
     out = x.new_empty(n, height, width, outputs)
     rows = n * height * width
-    m, wide, terms, warps, stages = PRODUCT if outputs > NARROW_PRODUCT[1] else NARROW_PRODUCT
+    narrow = min(inputs, outputs) <= NARROW_PRODUCT[1]
+    m, wide, terms, warps, stages = NARROW_PRODUCT if narrow else PRODUCT
     wide, terms = min(wide, outputs), min(terms, inputs)
     _product_kernel[(triton.cdiv(rows, m), triton.cdiv(outputs, wide))](
         x,
@@ -702,7 +703,6 @@ def _gather(
         LEAK,
         C=channels,
         MORE=more is not None,
-        maxnreg=GATHER_REGISTERS,
         **sizes,
     )
     return out, _add_up(sums, n)
@@ -730,7 +730,7 @@ def _gather_bands(
         LEAK,
         C=channels,
         ACTIVATED=activated,
-        **sizes | {"ROWS": GATHER_ROWS // 2},
+        **sizes | {"ROWS": GATHER_ROWS // 2, "STAGES": BANDS_STAGES},
     )
     found = _add_up(sums, n).view(n, 4, channels)
     of_up = (found * style[:, None]).flatten(1)

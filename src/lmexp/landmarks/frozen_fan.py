@@ -235,10 +235,11 @@ class FrozenFan(nn.Module):
 
         def lower(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> RectifiedConv:
             weight, bias = fold_behind(conv, norm)
-            make = UnshuffledConv if conv is stem[0] else LoweredConv
-            return RectifiedConv(make(weight, None, dtype), bias, ceiling)
+            return RectifiedConv(LoweredConv(weight, None, dtype), bias, ceiling)
 
-        self.stem = lower(*stem)
+        weight, bias = fold_behind(*stem)
+        self.unshuffled = UnshuffledConv(weight, None, dtype)
+        self.stem = RectifiedConv(self.unshuffled.conv, bias, ceiling)
         self.blocks = nn.ModuleList(blocks)
         self.hourglasses = nn.ModuleList(hourglass for hourglass, _, _ in stacks)
         self.tops = nn.ModuleList(top for _, top, _ in stacks)
@@ -327,8 +328,16 @@ class FrozenFan(nn.Module):
         Returns:
             heatmaps: [N, K, R/4, R/4], float32.
         """
+        return self.draw(self.arrange(images))
+
+    def arrange(self, images: Tensor) -> Tensor:
+        """Images as `draw` takes them: plain operations, for a compiler to make one of."""
+        return self.unshuffled.arrange(images)
+
+    def draw(self, arranged: Tensor) -> Tensor:
+        """The heat maps of images that are arranged."""
         first, second, third = self.blocks
-        x = third(second(halve(first(self.stem(images)))))
+        x = third(second(halve(first(self.stem(arranged)))))
         for index, hourglass in enumerate(self.hourglasses):
             y = self.lasts[index](self.tops[index](hourglass(x)))
             if index < len(self.feedback):

@@ -88,7 +88,7 @@ class Objective:
         # them; its backward pass takes the same stream by itself.
         here = torch.cuda.current_stream(candidate.images.device)
         if self._aside is None:
-            self._aside = torch.cuda.Stream(candidate.images.device)  # type: ignore[no-untyped-call]
+            self._aside = torch.cuda.Stream(candidate.images.device, priority=-1)  # type: ignore[no-untyped-call]
         self._aside.wait_stream(here)
         with torch.cuda.stream(self._aside):
             found = {name: self._terms[name][0](candidate) for name in names}
