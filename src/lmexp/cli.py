@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from lmexp.composition import conf_folder, explain
+from lmexp.composition import arrange, conf_folder, explain
 from lmexp.config import validate
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
@@ -28,8 +28,7 @@ def main() -> None:
     logging.getLogger("lmexp").setLevel(logging.INFO)
     # That a single run has no sweep's figures is no news here; `python -m lmexp.figures` says it.
     logging.getLogger("lmexp.figures").setLevel(logging.WARNING)
-    # Hydra's argparse takes flags before the overrides only; people write them anywhere.
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
+    sys.argv[1:] = arrange(sys.argv[1:])
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and the line is ours to write
     decorate = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
     try:
@@ -50,7 +49,7 @@ def _run_one(composed: DictConfig) -> None:
         outcome = run([Request(config)], Path(config.output_dir))[0]
         if outcome.folder is None:  # an input that could not even be named
             _stop(outcome.reason)
-        if outcome.state == "finished":
+        if outcome.state in ("finished", "skipped"):
             make_all(outcome.folder, config.figure)
     except LmexpError as error:
         _stop(str(error))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
 
 from lmexp.config import suggest
@@ -23,6 +25,52 @@ def conf_folder() -> Path:
     raise LmexpError(f"conf: no config.yaml in {here / 'conf'} or beside src; reinstall lmexp")
 
 
+_TAKE_A_VALUE = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-name", "-cn")
+"""Hydra's flags whose value is the next word."""
+
+
+def arrange(words: Sequence[str]) -> list[str]:
+    """A command's words as Hydra reads them.
+
+    Its parser takes flags before the overrides only, and its grammar refuses in a bare value what
+    names of files may hold; people write flags anywhere, and paths as they are.
+    """
+    flags: list[str] = []
+    overrides: list[str] = []
+    several = not {"-m", "--multirun"}.isdisjoint(words)
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("-"):
+            overrides.append(_quote(word, several))
+            continue
+        flags.append(word)
+        if word in _TAKE_A_VALUE:
+            flags += [value for value in [next(remaining, None)] if value is not None]
+    return [*flags, *overrides]
+
+
+def _quote(word: str, several: bool) -> str:
+    """An override whose value Hydra can't read, or would split where a file is meant, in quotes."""
+    key, equals, value = word.partition("=")
+    if not equals or value[:1] in ("'", '"', "[", "{", ""):
+        return word
+    read = OverridesParser.create()
+    try:
+        override = read.parse_override(word)
+        # Of several values and one file of that very name, the file is meant.
+        if not override.is_sweep_override() or not Path(value).expanduser().exists():
+            return word
+    except HydraException:
+        if several and "," in value:
+            return word  # values of a sweep, of which Hydra names the wrong one
+    quoted = '{}="{}"'.format(key, value.replace('"', '\\"'))
+    try:
+        read.parse_override(quoted)
+    except HydraException:
+        return word
+    return quoted
+
+
 def explain(error: Exception) -> str:
     """One line for an exception of Hydra or OmegaConf: the key, the reason, the choices."""
     text = " ".join(str(error).split("\nSee https://")[0].split())
@@ -30,7 +78,17 @@ def explain(error: Exception) -> str:
         word = error.override
         if "missing EQUAL" in text:
             return f"{word}: no value; write {word}=VALUE (for one more key, +{word}=VALUE)"
-        return f"{word}: cannot be read ({text}); quote lists and spaces, such as 'KEY=[a,b]'"
+        key, _, value = word.partition("=")
+        return (
+            f"{key}: {value} cannot be read; quote a list, 'KEY=[a,b]', a mapping, 'KEY={{a: 1}}', "
+            "or what is neither, 'KEY=\"…\"'"
+        )
+    if match := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
+        key, values = match.groups()
+        return (
+            f"{key}: {values} is several values; add -m to run each of them, or write "
+            f"'{key}=[{values}]' for one list or '{key}=\"{values}\"' for one text"
+        )
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_unknown_key(match[1])
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
@@ -53,6 +111,8 @@ def _explain_unknown_key(key: str) -> str:
     """
     node = _defaults()
     parts = key.replace("/", ".").split(".")
+    if key not in node and _choices(key):
+        return f"{key}: not part of the default config; write +{key}=…"
     for part in parts[:-1]:
         below = node.get(part)
         if part in node and below is None:

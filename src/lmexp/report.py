@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lmexp.errors import LmexpError
 from lmexp.jobs import Outcome
+from lmexp.recording.run_folder import RunFolder
 
 COMMAND_TO_GO_ON = "run the same command again to go on"
 
@@ -49,7 +51,7 @@ def print_outcomes(
     }
     said = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     console.print(f"{said}. Everything is in {sweep_folder}", markup=False)
-    if sweep_folder is not None and (sweep_folder / "figures").is_dir():
+    if sweep_folder is not None and _has_files(sweep_folder / "figures"):
         console.print(f"Figures for a paper, PNG and PDF: {sweep_folder / 'figures'}", markup=False)
     if counts["failed"] or counts["interrupted"]:
         console.print(
@@ -69,6 +71,21 @@ def _errors(outcome: Outcome) -> tuple[str, str]:
     return f"{mouth:.2f} %", f"{errors['all']:.2f} %"
 
 
+def _has_files(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
+
+
+def _ignored(outcome: Outcome) -> list[str]:
+    """Groups that a run's name does not hold and that were asked for otherwise than it has them."""
+    assert outcome.folder is not None
+    try:
+        made = RunFolder(outcome.folder).read_config()
+    except LmexpError:  # what is there is said all the same
+        return []
+    asked = outcome.request.config.model_dump(mode="json", by_alias=True)
+    return [group for group in ("judge", "scores", "recording") if made.get(group) != asked[group]]
+
+
 def _tell(outcome: Outcome) -> str:
     folder = outcome.folder
     if outcome.state == "failed":
@@ -78,12 +95,14 @@ def _tell(outcome: Outcome) -> str:
         return f"Stopped: {outcome.reason}\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
     assert folder is not None and outcome.summary is not None
     mouth, everything = _errors(outcome)
-    before = (
-        "This very run was finished before, so nothing was computed "
-        f"(delete {folder} to repeat it).\n"
-        if outcome.state == "skipped"
-        else ""
-    )
+    before = ""
+    if outcome.state == "skipped":
+        before = (
+            "This very run was finished before, so nothing was computed "
+            f"(delete {folder} to repeat it).\n"
+        )
+        if ignored := _ignored(outcome):
+            before += f"It was made with other settings of {', '.join(ignored)}.\n"
     pair = outcome.summary["label"].replace("+", " with the expression of ")
     judge = (
         "a network that was not optimised against"
@@ -100,7 +119,7 @@ def _tell(outcome: Outcome) -> str:
                 ("video", "proj.mp4"),
                 ("figures", "figures"),
             )
-            if (folder / file).exists()
+            if _has_files(folder / file)
         ),
         f"  numbers     {folder / 'summary.json'}, step by step in {folder / 'metrics.jsonl'}",
     ]

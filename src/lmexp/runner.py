@@ -39,7 +39,7 @@ from lmexp.metrics.protocol import Exhibits
 from lmexp.metrics.report import report_scores
 from lmexp.projection import project
 from lmexp.recording import provenance
-from lmexp.recording.atomic_file import DiskFullError
+from lmexp.recording.atomic_file import DiskFullError, make_folder
 from lmexp.recording.images import to_images, to_picture
 from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.run_folder import RunFolder
@@ -125,6 +125,8 @@ class _Session:
         for index, outcome in made.settled.items():
             self.settle(index, outcome)
             self.done += outcome.state == "skipped"
+        if made.batches:
+            make_folder(self.root)  # before work that could not be kept
         for batch in made.batches:
             self._run_batch([(index, jobs[index]) for index in batch])
         for index, twin in made.twins.items():

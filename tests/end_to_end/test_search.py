@@ -111,9 +111,11 @@ def test_a_mistake_is_one_line_before_anything_runs(
 
 @needs_optuna
 def test_a_score_that_is_not_there_is_said(lmexp: CommandLine) -> None:
-    words = [*SEARCH, RANGE, "hydra.sweeper.trials=1", "hydra.sweeper.objective=[scores.smile]"]
-    answer = lmexp(*words)
-    assert answer.code == 2 and "no finite number at scores.smile" in answer.err
+    words = [*SEARCH, RANGE, "hydra.sweeper.trials=9", "hydra.sweeper.at_once=1"]
+    answer = lmexp(*words, "hydra.sweeper.objective=[nme.outer_lib]")
+    assert answer.code == 2 and "no run has nme.outer_lib" in answer.err
+    assert "did you mean nme.outer_lip" in answer.err
+    assert len(list(Path().glob("runs/*/*/summary.json"))) == 1  # and not nine
 
 
 def test_without_optuna_one_line_says_what_to_install(

@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import TINY, CommandLine, assert_same_result, environment
+from PIL import Image
 
 from lmexp.landmarks.groups import GROUPS
 from lmexp.recording.process_identity import identify_process
@@ -78,6 +80,31 @@ def test_the_same_command_again_computes_nothing(lmexp: CommandLine) -> None:
     assert again.code == 0
     assert "finished before" in again.out and "delete" in again.out
     assert (lmexp.only_run() / "status.json").read_bytes() == before
+
+
+def test_a_finished_run_says_which_settings_came_too_late_and_draws_its_figures(
+    lmexp: CommandLine,
+) -> None:
+    lmexp(*TINY, "optimizer.steps=2", "figure=[]")
+    assert not list(lmexp.only_run().glob("figures"))
+    words = [*TINY[:-2], "hardware.threads=1", "optimizer.steps=2", "recording.video_frames=5"]
+    again = lmexp(*words, "figure=[triptych]")
+    assert again.code == 0 and "other settings of recording." in again.out
+    assert (lmexp.only_run() / "figures" / "triptych.png").is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_any_work(lmexp: CommandLine) -> None:
+    Path("taken").touch()
+    answer = lmexp(*TINY, "latent.start=inversion", "output_dir=taken/runs")
+    assert answer.code == 2 and "taken/runs: cannot be written" in answer.err
+    assert len(answer.err.strip().splitlines()) == 1 and not answer.out
+
+
+def test_a_path_needs_no_quotes_of_hydras(lmexp: CommandLine) -> None:
+    name = "ein Bild (1), a=b, ü.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(name)
+    answer = lmexp(*TINY, "inputs=photos", f"inputs.look={name}", f"inputs.expression={name}")
+    assert answer.code == 1 and "no face" in answer.out and name in answer.out
 
 
 def test_only_what_the_result_depends_on_names_the_run(lmexp: CommandLine) -> None:

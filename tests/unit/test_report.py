@@ -75,6 +75,7 @@ def test_a_sweep_is_a_table_with_every_reason(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "triptych.png").touch()
     outcomes = [
         outcome("finished", "loss=[lpips]", folder=tmp_path / "one", summary=summary()),
         outcome("failed", "loss=[prior]", reason="no file [x].jpg"),

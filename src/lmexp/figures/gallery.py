@@ -55,6 +55,8 @@ def make_all(
     for line in sweep.left_out:
         _log.warning("left out: %s", line)
     out = folder / "figures"
+    if not figures:
+        return []
     try:
         out.mkdir(exist_ok=True)
     except OSError as error:

@@ -20,6 +20,7 @@ from lmexp.figures.paper import (
     FontSize,
     Sheet,
     Width,
+    label_room,
     split_pages,
     wrap,
 )
@@ -70,8 +71,7 @@ class NmeTable:
     ) -> Figure:
         line = self.font_size / 72 * 1.25
         row_height = line + 0.07
-        longest = max(len(label) for label in labels)
-        label_width = min(self.label_width, longest * self.font_size * 0.56 / 72 + 0.1)
+        label_width = label_room(labels, self.label_width, self.font_size, self.width * 0.4)
         apart = 0.05  # sets the mean off from the groups
         cell = (self.width - label_width - apart) / len(groups)
         heads = ["\n".join(wrap(group.replace("_", " "), cell, self.font_size)) for group in groups]

@@ -215,6 +215,16 @@ def wrap(text: str, width: float, font_size: float, *, most: int = 2) -> list[st
     return [line if len(line) <= room else line[: room - 1].rstrip() + "…" for line in lines]
 
 
+def label_room(labels: Sequence[str], width: float, font_size: float, most: float) -> float:
+    """Inches for labels of one line: what they need, at most `width`, but for labels that could not
+    be told apart then; `most` in any case."""
+    needed = max(len(label) for label in labels) * font_size * 0.56 / 72 + 0.1
+    if needed <= width:
+        return needed
+    shown = {wrap(label, width, font_size, most=1)[0] for label in labels}
+    return width if len(shown) == len(set(labels)) else min(needed, most)
+
+
 def text_lines(texts: Sequence[str], width: float, font_size: float) -> int:
     """How many lines the longest of the texts takes at that width."""
     return max((len(wrap(text, width, font_size)) for text in texts), default=0)

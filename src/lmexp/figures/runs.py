@@ -112,6 +112,9 @@ class Sweep:
     def labels(self) -> list[str]:
         """A short name for every run: its differing overrides, or its label where none differ."""
         names = dict(zip(self.factors, shorten_keys(list(self.factors)), strict=True))
+        if len(names) > 2 and all(name.endswith(" weight") for name in names.values()):
+            # So that a table's line has room for what tells three and more of them apart.
+            names = {key: name.removesuffix(" weight") for key, name in names.items()}
         labels = []
         for run in self.runs:
             parts = [

@@ -19,6 +19,7 @@ from lmexp.figures.paper import (
     FontSize,
     Sheet,
     Width,
+    label_room,
     split_pages,
     wrap,
 )
@@ -74,8 +75,8 @@ class ScoreTable:
     def _draw_page(self, rows: Sequence[Row], columns: Sequence[Column]) -> Figure:
         line = self.font_size / 72 * 1.25
         row_height = line + 0.05
-        longest = max(len(row.name) for row in rows)
-        label_width = min(self.label_width, longest * self.font_size * 0.56 / 72 + 0.1)
+        names = [row.name for row in rows]
+        label_width = label_room(names, self.label_width, self.font_size, self.width * 0.4)
         cell = (self.width - label_width) / len(columns)
         titles = [f"{column.title} {column.unit}".strip() for column in columns]
         heads = [wrap(title, cell, self.font_size - 1, most=3) for title in titles]

@@ -21,7 +21,7 @@ from lmexp.jobs import Outcome, Request
 from lmexp.launching.index import SweepIndex
 from lmexp.launching.protocol import Engine
 from lmexp.launching.sweep import command_again, engine_here, run_jobs
-from lmexp.recording.atomic_file import write_error
+from lmexp.recording.atomic_file import make_folder
 from lmexp.report import exit_code, print_outcomes
 from lmexp.stopping import listen
 
@@ -84,19 +84,6 @@ def build_engine(engine: Mapping[str, Any] | None, hardware: Hardware) -> Engine
         key = ".".join(("hydra.launcher.engine", *map(str, fault["loc"])))
         raise LmexpError(f"{key}: {fault['msg']}") from error
     return built
-
-
-def make_folder(folder: Path) -> Path:
-    """Make the sweep's folder.
-
-    Raises:
-        LmexpError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
-    return folder
 
 
 def conclude(outcomes: Sequence[Outcome], folder: Path) -> None:

@@ -6,10 +6,11 @@ and not finished is proposed again, and its job goes on from its saved state.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,10 +24,10 @@ from pydantic import Field, ValidationError
 from lmexp.config import Schema, digest
 from lmexp.errors import LmexpError
 from lmexp.jobs import Outcome
-from lmexp.launching.batch_launcher import build_engine, compose_job, conclude, make_folder
+from lmexp.launching.batch_launcher import build_engine, compose_job, conclude
 from lmexp.launching.index import SweepIndex
 from lmexp.launching.sweep import command_again, run_jobs
-from lmexp.recording.atomic_file import write_atomically
+from lmexp.recording.atomic_file import make_folder, write_atomically
 from lmexp.report import exit_code
 from lmexp.stopping import StopRequest, listen
 
@@ -106,6 +107,8 @@ def search(
             outcomes += found
             for trial, outcome in zip(trials, found, strict=True):
                 _tell(optuna, study, trial, outcome, checked)
+            if not study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)):
+                _demand(checked.objective, found)
         _write(optuna, study, folder, checked)
         _conclude(optuna, study, outcomes, folder, checked, stop)
     if code := exit_code(outcomes):
@@ -244,6 +247,31 @@ def _tell(optuna: Any, study: Any, trial: Any, outcome: Outcome, settings: Setti
     else:
         trial.set_user_attr("reason", reason)
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
+
+
+def _demand(objective: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+    """Stop a search for a number that no run will ever have.
+
+    Raises:
+        LmexpError: none of the finished runs has such a path in its summary.
+    """
+    known = {path for o in outcomes if o.summary is not None for path in _list_paths(o.summary)}
+    for path in objective if known else ():
+        if path not in known:
+            close = difflib.get_close_matches(path, sorted(known), n=3)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise LmexpError(
+                f"hydra.sweeper.objective: no run has {path} in its summary.json{hint}; take a "
+                "number that is there"
+            )
+
+
+def _list_paths(node: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _list_paths(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
 
 
 def _look_up(summary: Mapping[str, Any], path: str) -> float | None:

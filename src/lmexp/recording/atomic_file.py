@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import tempfile
 from pathlib import Path
 
 from lmexp.errors import LmexpError
@@ -40,6 +41,21 @@ def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise write_error(path, error) from error
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder that can be written to, and those above it.
+
+    Raises:
+        LmexpError: it cannot be made, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise write_error(folder, error) from error
+    return folder
 
 
 def write_error(path: Path, error: OSError) -> LmexpError:
