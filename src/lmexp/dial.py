@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=chosen.device,
         )
     except LmexpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"lmexp: {error}", file=sys.stderr)
         return 2
     for path in written:
         print(path)

@@ -354,7 +354,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     said = capsys.readouterr()
     assert said.out == ""
     (line,) = said.err.splitlines()
-    assert line.startswith("error: ")
+    assert line.startswith("lmexp: ")
     return line
 
 

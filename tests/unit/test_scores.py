@@ -359,7 +359,7 @@ def test_the_command_scores_a_folder_of_runs(
     assert command.main([str(tmp_path), "--missing"]) == 2  # c is not finished
     out, err = capsys.readouterr()
     assert out.startswith("b: ") and "a: " not in out
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("lmexp: ") and err.count("\n") == 1
     assert command.main([str(tmp_path / "nowhere")]) == 2
 
 

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in make_all(chosen.folder, only=chosen.only):
             print(path)
     except LmexpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"lmexp: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rescorer = Rescorer(build_scores())
         runs = [run for folder in chosen.folder for run in find_runs(folder)]
     except LmexpError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"lmexp: {error}", file=sys.stderr)
         return 2
     for run in runs:
         try:
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             row = rescorer.rescore(run)
         except LmexpError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"lmexp: {error}", file=sys.stderr)
             failed = True
             continue
         print(f"{run.path.name}: {describe(row)}")

@@ -168,10 +168,10 @@ def checkpoint_path(name_or_path: str, say: Say = say_on_stderr) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise LmexpError(f"checkpoint {name_or_path}: a folder; give the file in it")
+        raise LmexpError(f"checkpoint: {path.absolute()}: a folder; give the file in it")
     names = ", ".join(name for name, entry in registry.FILES.items() if _is_checkpoint(entry))
     raise LmexpError(
-        f"checkpoint {name_or_path}: no such file; give a path, or one of the names {names}"
+        f"checkpoint: {path.absolute()}: no such file; give a path, or one of the names {names}"
     )
 
 
