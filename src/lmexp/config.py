@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -374,7 +374,12 @@ def _explain(error: ValidationError, plain: Mapping[str, Any]) -> str:
         if key not in faults or len(location) > len(faults[key][0]):
             faults[key] = (location, fault)
     (location, first), *others = faults.values()
-    line = _explain_one(location, first, plain)
+    words = [
+        fault["ctx"]["expected"]
+        for fault in _flatten(error)
+        if fault["type"] == "literal_error" != first["type"] and _locate(fault, plain) == location
+    ]
+    line = _explain_one(location, first, plain, words)
     return f"{line} (and {len(others)} more)" if others else line
 
 
@@ -404,7 +409,10 @@ def _locate(fault: ErrorDetails, plain: Mapping[str, Any]) -> list[str]:
     return location
 
 
-def _explain_one(location: list[str], fault: ErrorDetails, plain: Mapping[str, Any]) -> str:
+def _explain_one(
+    location: list[str], fault: ErrorDetails, plain: Mapping[str, Any], words: Sequence[str]
+) -> str:
+    """One fault's line; `words` would do as well as what its type asks for."""
     key = ".".join(location)
     kind, message = fault["type"], fault["msg"].removeprefix("Value error, ")
     if kind == "extra_forbidden":
@@ -418,6 +426,7 @@ def _explain_one(location: list[str], fault: ErrorDetails, plain: Mapping[str, A
     if kind == "string_pattern_mismatch" and key == "hardware.device":
         message = "choices: cpu, cuda, cuda:0, cuda:1, …"
     message = message.removeprefix("Input ").replace("String should have", "should have")
+    message = ", or ".join([message, *words])
     value = fault.get("input")
     shown = "" if isinstance(value, Mapping) else f" (got {value!r})"
     return f"{key}: {message}{shown}" if key else message

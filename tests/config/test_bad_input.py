@@ -45,6 +45,11 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["latent=w", "latent.moving_ws=[2,9]"], ["latent: moving_ws", "latent=w_plus"]),
         (["latent.starts=0"], ["latent.starts", "greater than or equal to 1"]),
         (["latent.starts=2", "latent.starts_spread=0"], ["latent: starts_spread", "above 0"]),
+        (
+            ["hardware.batch_size=atuo"],
+            ["hardware.batch_size", "integer", "or 'auto' (got 'atuo')"],
+        ),
+        (["hardware.batch_size=0"], ["hardware.batch_size", "greater", ", or 'auto' (got 0)"]),
         (["optimizer.patience=0"], ["optimizer.patience", "greater than or equal to 1"]),
         (["latent.inversion.patience=5"], ["latent.inversion.patience"]),
         (

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from lmexp.figures.paper import (
     COLUMN_WIDTH,
+    GREY,
     INK,
     PAGE_WIDTH,
     Dpi,
@@ -126,7 +127,17 @@ class LossCurves:
                 )
                 for run, colour in zip(sweep.runs, colours, strict=True):
                     axes.plot(*run.curve(kind, term), color=colour, linewidth=0.9)
-                self._dress(axes, kind if column == 1 else "", last=row == 1, indent=0.3)
+                self._dress(axes, "", last=row == 1, indent=0.3)
+                # Not beside the axis, where a tick's number may be as wide as the gap; losses fall,
+                # so this corner is free.
+                axes.text(
+                    *(0.97, 0.95, kind),
+                    transform=axes.transAxes,
+                    ha="right",
+                    va="top",
+                    color=GREY,
+                    fontsize=self.font_size - 1,
+                )
                 if row == 0:
                     axes.set_title(term.replace("_", " "), pad=3)
         sheet.figure.legend(
