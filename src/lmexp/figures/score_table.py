@@ -79,15 +79,14 @@ class ScoreTable:
         label_width = label_room(names, self.label_width, self.font_size, self.width * 0.4)
         cell = (self.width - label_width) / len(columns)
         titles = [f"{column.title} {column.unit}".strip() for column in columns]
-        heads = [wrap(title, cell, self.font_size - 1, most=3) for title in titles]
-        head = line * max(len(lines) for lines in heads) + 0.06
+        size = self.font_size - 2
+        heads = [wrap(title, cell, size, most=4) for title in titles]
+        head = size / 72 * 1.25 * max(len(lines) for lines in heads) + 0.06
         foot = line + 0.03
         sheet = Sheet(self.width, head + len(rows) * row_height + foot, self.dpi)
         for place, lines in enumerate(heads):
             middle = label_width + (place + 0.5) * cell
-            sheet.add_text(
-                "\n".join(lines), middle, head - 0.04, anchor="bottom", size=self.font_size - 1
-            )
+            sheet.add_text("\n".join(lines), middle, head - 0.04, anchor="bottom", size=size)
         above = sum(row.baseline for row in rows)
         for y in {head, head + above * row_height}:
             height = 1 - y / sheet.height
@@ -95,7 +94,8 @@ class ScoreTable:
         for index, row in enumerate(rows):
             middle = head + (index + 0.5) * row_height
             colour = GREY if row.baseline else INK
-            (text,) = wrap(row.name, label_width, self.font_size, most=1)
+            # Digits and underscores are wider than letters.
+            (text,) = wrap(row.name, label_width * 0.9, self.font_size, most=1)
             sheet.add_text(text, 0.0, middle, align="left", colour=colour)
             for place, column in enumerate(columns):
                 sheet.add_text(
