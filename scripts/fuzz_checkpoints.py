@@ -4,9 +4,9 @@
 
 Each case is one valid file with one to six changes: to bytes, to spans, to the opcodes of a
 pickle (in a zip file too) or to the header of a safetensors file. A case fails if the reader
-raises anything but an `LmexpError` of one line, takes longer than `SECONDS`, wants more memory
-than `--megabytes`, or makes Python import, compile, run or write anything, which an audit hook
-tells. Failing cases are kept.
+raises anything but an `LmexpError` of one line, takes more than `SECONDS` of CPU time, wants more
+memory than `--megabytes`, or makes Python import, compile, run or write anything, which an audit
+hook tells. Failing cases are kept.
 
 Exit status: 0 if no case failed, else 1.
 """
@@ -74,7 +74,7 @@ HOSTILE = (
 
 
 class TooSlowError(Exception):
-    """A case took longer than `SECONDS`."""
+    """A case took more CPU time than `SECONDS`."""
 
 
 def make_corpus() -> dict[str, bytes]:
@@ -275,15 +275,15 @@ def watched() -> Iterator[list[str]]:
         sys.addaudithook(_watch)
         _installed.append(_watch)
     _events.clear()
-    previous = signal.signal(signal.SIGALRM, _ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    previous = signal.signal(signal.SIGVTALRM, _ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     _watching = True
     try:
         yield _events
     finally:
         _watching = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 _installed: list[object] = []
