@@ -3,8 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -58,3 +59,29 @@ def run_kernels() -> Callable[[str, str], tuple[int, float]]:
         return int(count), float(worst)
 
     return run
+
+
+@pytest.fixture
+def compile_kernel() -> Callable[[Any, Mapping[str, str], Mapping[str, object]], Any]:
+    """Compiles a Triton kernel for sm_90 without a GPU: (kernel, types, constants) -> the result.
+
+    The interpreter takes what the compiler refuses, such as a variable of two types in a loop.
+    Arguments that have neither a type nor a constant are pointers to float32.
+    """
+
+    def made(kernel: Any, types: Mapping[str, str], constants: Mapping[str, object]) -> Any:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature = {
+            name: "constexpr" if name in constants else types.get(name, "*fp32")
+            for name in kernel.arg_names
+        }
+        return triton.compile(
+            ASTSource(kernel, signature=signature, constexprs=dict(constants)),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": 4, "num_stages": 1},
+        )
+
+    return made

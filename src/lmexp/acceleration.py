@@ -112,6 +112,8 @@ class Checked:
         fast: the kernels.
         plain: the same in plain operations.
         fallback: what is called instead of the kernels: the plain form, perhaps compiled.
+        slopes: how many of the inputs, from the first on, the kernels have gradients for; None:
+            all.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class Checked:
         fast: Callable[..., Tensor],
         plain: Callable[..., Tensor],
         fallback: Callable[..., Tensor],
+        slopes: int | None = None,
     ) -> None:
         self._name = name
+        self._slopes = slopes
         self._fast, self._plain, self._fallback = fast, plain, fallback
         self._chosen: Callable[..., Tensor] | None = None
 
@@ -143,7 +147,7 @@ class Checked:
         found = []
         for function in (self._plain, self._fast):
             try:
-                found.append(_value_and_gradients(function, inputs))
+                found.append(_value_and_gradients(function, inputs, self._slopes))
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -165,11 +169,12 @@ bfloat16 differ by a third from those in float32. Wrong is about 1."""
 
 
 def _value_and_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor]
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], slopes: int | None
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     with torch.enable_grad():
-        leaves = [value[:1].detach().clone().requires_grad_() for value in inputs]
-        value = function(*leaves)
+        rows = [value[:1].detach().clone() for value in inputs]
+        leaves = [row.requires_grad_() for row in rows[:slopes]]
+        value = function(*rows)
         # Fixed, of both signs, and in the range of half precision however many values there are.
         outer = torch.cos(torch.arange(value.numel(), device=value.device) * 1.7)
         outer = (outer / value.numel() ** 0.5).view(value.shape).to(value)

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from lmexp.acceleration import Checked
 from lmexp.errors import LmexpError
 from lmexp.landmarks.framing import average
 from lmexp.losses.mask import Region, face_weight, keep_mask
+from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
 from lmexp.losses.perceptual.protocol import NetworkName, PerceptualNetwork, load_network
 from lmexp.losses.protocol import BoundTerm, Context, Targets
 
@@ -202,16 +204,29 @@ class Lpips:
                 pixels = F.interpolate(keep, size=look.shape[-1], mode="bilinear")
         channels = network.channel_weights
 
-        resolution = self.resolution
+        resolution, fuse = self.resolution, context.acceleration.fuse
+
+        def prepare(images: Tensor) -> Tensor:
+            images = shrink(images, resolution)
+            return images if pixels is None else torch.lerp(look, images, pixels)
 
         def measure(images: Tensor) -> Tensor:
-            images = shrink(images, resolution)
-            if pixels is not None:
-                images = torch.lerp(look, images, pixels)
-            return feature_distance(network.features(images), target, channels, places)
+            return feature_distance(network.features(prepare(images)), target, channels, places)
 
-        fused = context.acceleration.fuse(measure)
-        return lambda candidate: fused(candidate.images)
+        frozen: FrozenVgg | None = getattr(network, "frozen", None)
+        if frozen is None or not frozen.has_kernels:
+            fused = fuse(measure)
+            return lambda candidate: fused(candidate.images)
+
+        count = len(target)
+
+        def plain(images: Tensor, *rows: Tensor) -> Tensor:
+            features = network.features(images)
+            return feature_distance(features, rows[:count], channels, rows[count:] or None)
+
+        prepared, rows = fuse(prepare), [*target, *(places or ())]
+        checked = Checked(self.network, frozen.distance, plain, fuse(plain), slopes=1)
+        return lambda candidate: checked(prepared(candidate.images), *rows)
 
     def keep(self, targets: Targets) -> Tensor | None:
         """The mask [N, 1, s, s] of the whole image; None if nothing is ignored."""

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmexp.convolutions import lower_convolutions
+from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
 from lmexp.weights import store
 
 _BGR_MEAN = (104.00699, 116.66877, 122.67892)
+_HALF_RANGE = 127.5
 _CONVS = (2, 2, 3, 3)
 
 
@@ -42,6 +44,7 @@ class HedVgg16(nn.Module):
         super().__init__()
         self.weights_sha256 = weights_sha256
         self.register_buffer("mean", torch.tensor(_BGR_MEAN)[:, None, None])
+        self.frozen: FrozenVgg | None = None
         self.blocks = nn.ModuleList()
         for block, convs in enumerate(_CONVS, start=1):
             self.blocks.append(nn.ModuleList())
@@ -60,10 +63,19 @@ class HedVgg16(nn.Module):
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         lower_convolutions(self, dtype)
+        mean = self.mean.flatten().flip(0)
+        self.frozen = FrozenVgg(
+            self.blocks,  # type: ignore[arg-type]
+            1 - mean / _HALF_RANGE,
+            torch.full_like(mean, _HALF_RANGE),
+            self.channel_weights,
+            reverses=True,
+            rounds_up=True,
+        )
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images: [N, 3, H, W], RGB in [-1, 1], any H and W."""
-        x = (images.flip(1) + 1) * 127.5 - self.mean
+        x = (images.flip(1) + 1) * _HALF_RANGE - self.mean
         outputs: list[Tensor] = []
         for block in self.blocks:
             if outputs:

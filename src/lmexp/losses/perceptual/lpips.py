@@ -17,8 +17,9 @@ import lpips.pretrained_networks
 import torch
 from torch import Tensor, nn
 
-from lmexp.convolutions import lower_convolutions
+from lmexp.convolutions import LoweredConv, lower_convolutions
 from lmexp.errors import LmexpError
+from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
 from lmexp.weights import store
 from lmexp.weights.converters import first_line, read_state_dict
 
@@ -99,6 +100,7 @@ class LpipsPackage(nn.Module):
             self.register_buffer(f"head{index}", head.clone())
         self._layers = len(heads)
         self.weights_sha256 = store.digest(self.state_dict())
+        self.frozen: FrozenVgg | None = None
 
     @property
     def channel_weights(self) -> list[Tensor]:
@@ -106,6 +108,20 @@ class LpipsPackage(nn.Module):
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         lower_convolutions(self.trunk, dtype)
+        if not isinstance(self.trunk, lpips.pretrained_networks.vgg16):
+            return
+        shift, scale = (self.scaling_layer.get_buffer(key).flatten() for key in ("shift", "scale"))
+        self.frozen = FrozenVgg(
+            [
+                [module for module in part.modules() if isinstance(module, LoweredConv)]
+                for part in self.trunk.children()
+            ],
+            -shift,
+            1 / scale,
+            self.channel_weights,
+            reverses=False,
+            rounds_up=False,
+        )
 
     def features(self, images: Tensor) -> list[Tensor]:
         """images: [N, 3, H, W], RGB in [-1, 1], H and W ≥ 32."""

@@ -19,7 +19,8 @@ class PerceptualNetwork(Protocol):
 
     Implementations are `torch.nn.Module`s in eval mode whose parameters need no
     gradient. One that has `lower_precision(dtype)` computes in half precision after it, for
-    good, and its features are of that type; others stay float32 on every hardware.
+    good, and its features are of that type; others stay float32 on every hardware. It may have
+    `frozen` from then on, a `FrozenVgg` that has kernels for the distance itself.
 
     Attributes:
         weights_sha256: digest of the weights, written into every run's summary.
