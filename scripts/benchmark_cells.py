@@ -36,6 +36,7 @@ from lmexp.composition import conf_folder
 from lmexp.config import Experiment, validate
 from lmexp.draws import Draws
 from lmexp.landmarks import groups
+from lmexp.landmarks.framing import average
 from lmexp.latents import Latents, expand, start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Candidate, Context, Targets
@@ -343,6 +344,7 @@ class Bench:
         images = context.generator.synthesis(ws, noises).detach().clone().requires_grad_()
         towards = torch.randn_like(images)
         draws = Draws(range(rows), self.device)
+        averaged = context.acceleration.fuse(average)
 
         def differentiate(made: Tensor, wanted: Sequence[Tensor], gradient: Tensor | None) -> None:
             if made.requires_grad:
@@ -356,7 +358,9 @@ class Bench:
             def work() -> None:
                 network = context.heatmap_network
                 seeds = tuple(range(rows))
-                candidate = Candidate(images, ws, noises, 0, network, seeds, draws)
+                candidate = Candidate(
+                    images, ws, noises, 0, network, seeds, draws, average=averaged
+                )
                 total = torch.stack([term(candidate) for term in terms]).sum()
                 differentiate(total, (images, ws, *noises), None)
 

@@ -23,6 +23,7 @@ from lmexp import adam
 from lmexp.draws import Draws
 from lmexp.errors import LmexpError
 from lmexp.landmarks import groups
+from lmexp.landmarks.framing import average
 from lmexp.latents import Latents, draw_normal, expand
 from lmexp.losses.objective import Losses, Objective
 from lmexp.losses.protocol import Candidate, Context
@@ -189,6 +190,7 @@ class _Batch:
             ws.new_ones(groups.NUM_LANDMARKS) if schedule.group_factors else None
         )
         self._report = ws.new_zeros(2, len(seeds))
+        self._average = context.acceleration.fuse(average)
 
     def restore(self, states: Sequence[State]) -> None:
         """Go on from each job's state."""
@@ -252,6 +254,7 @@ class _Batch:
             seeds=self.draws.seeds,
             draws=self.draws,
             landmark_factors=self._landmark_factors,
+            average=self._average,
         )
         staged = self._schedule.landmark_factor != 1
         losses = self._objective(candidate, numbers.landmark_factor if staged else 1.0)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lmexp.landmarks.framing import average
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets, Term
 
@@ -92,3 +93,30 @@ def test_a_factor_weighs_the_terms_of_the_expression_alone() -> None:
     assert losses.weighted["look"].tolist() == [10, 10]
     assert losses.weighted["expression"].tolist() == [0.5, 2]
     assert losses.total.tolist() == [10.5, 12]
+
+
+def test_terms_share_the_average_of_large_images() -> None:
+    asked: list[int] = []
+
+    def counted(images: Tensor, side: int) -> Tensor:
+        asked.append(side)
+        return average(images, side)
+
+    class Shown(torch.nn.Module):
+        side = 8
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.mean(1, keepdim=True)
+
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    network: Any = Shown()
+    candidate = Candidate(images, images, (), 0, network, average=counted)
+    halved = candidate.averaged(8)
+    torch.testing.assert_close(halved, torch.nn.functional.avg_pool2d(images, 2))
+    assert candidate.averaged(8) is halved
+    torch.testing.assert_close(candidate.heatmaps, halved.mean(1, keepdim=True))
+    assert candidate.averaged(16) is images and candidate.averaged(64) is images
+    assert candidate.averaged(4).shape == (2, 3, 4, 4)
+    assert asked == [8, 4]
+    del Shown.side
+    assert Candidate(images, images, (), 0, network).heatmaps.shape == (2, 1, 16, 16)

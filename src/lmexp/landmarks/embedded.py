@@ -32,6 +32,8 @@ class EmbeddedFan(nn.Module):
         LmexpError: the file is missing, damaged or not a FAN of 68 landmarks.
     """
 
+    side = INPUT_SIDE
+
     def __init__(
         self, variant: Literal["slim", "full"] = "slim", weights: str | None = None
     ) -> None:

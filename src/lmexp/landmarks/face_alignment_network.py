@@ -86,6 +86,11 @@ class FaceAlignmentNetwork(nn.Module):
             self.weights_sha256 = store.digest(tensors)
         self.network = build_fan(tensors, source)
 
+    @property
+    def side(self) -> int | None:
+        """See `HeatmapNetwork`; a crop has a density of its own."""
+        return CROP_SIDE if self.frame is None else None
+
     def forward(self, images: Tensor) -> Tensor:
         """Draw the heat maps; see `HeatmapNetwork.__call__`."""
         levels = (images + 1) / 2

@@ -13,6 +13,9 @@ class HeatmapNetwork(Protocol):
 
     Attributes:
         weights_sha256: digest of the weights, written into every run's summary.
+
+    One that averages larger images down to some side first may say so by an attribute `side`, px:
+    it is then given images that are averaged already, which others need as well.
     """
 
     weights_sha256: str

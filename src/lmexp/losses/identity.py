@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmexp.landmarks.framing import sample, square_views, view_grid
+from lmexp.landmarks.framing import average, sample, square_views, view_grid
 from lmexp.landmarks.groups import GROUPS
 from lmexp.losses import identity_network
 from lmexp.losses.identity_network import SIDE, IdentityNetwork
@@ -92,24 +92,24 @@ class IdentityDistance:
 
         side = look.shape[-1]
         factor = max(1, side // _REDUCED)
+        reduced = side // factor
         # The crop's pixels are averages of points that are at most a pixel of the image apart.
         # Their number depends on the image's side, not on the faces: jobs are strangers.
         width = _EYES_APART * side / factor / (_TEMPLATE[1][0] - _TEMPLATE[0][0])
         points = max(2, math.ceil(width))
-        height, width_px = look.shape[2] // factor, look.shape[3] // factor
-        grid = view_grid(views / factor, (height, width_px), SIDE * points)
+        grid = view_grid(views / factor, (reduced, reduced), SIDE * points)
 
         @context.acceleration.fuse
         def crop(images: Tensor) -> Tensor:
-            return F.avg_pool2d(sample(F.avg_pool2d(images, factor), grid), points)
+            return F.avg_pool2d(sample(images, grid), points)
 
         def recognise(images: Tensor) -> Tensor:
             return F.normalize(network(crop(images)), dim=1)
 
         with torch.no_grad():
-            target = recognise(look)
+            target = recognise(average(look, reduced))
 
-        return lambda candidate: 1 - (recognise(candidate.images) * target).sum(1)
+        return lambda candidate: 1 - (recognise(candidate.averaged(reduced)) * target).sum(1)
 
     def _load(self) -> IdentityNetwork:
         # Not when constructed: a term of weight 0 is built too, and must not fetch weights.

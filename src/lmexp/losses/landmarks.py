@@ -165,8 +165,10 @@ class LandmarkHeatmaps:
             target = network(prepare(expression) if prepare else expression)
 
         def evaluate(candidate: Candidate) -> Tensor:
-            heatmaps = network(prepare(candidate.images)) if prepare else candidate.heatmaps
-            return distance(heatmaps, target, candidate.landmark_factors)
+            if prepare is None:
+                return distance(candidate.heatmaps, target, candidate.landmark_factors)
+            stretched = prepare(candidate.averaged(_STRETCHED_SIDE))
+            return distance(network(stretched), target, candidate.landmark_factors)
 
         return evaluate
 

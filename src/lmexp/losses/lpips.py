@@ -204,10 +204,9 @@ class Lpips:
                 pixels = F.interpolate(keep, size=look.shape[-1], mode="bilinear")
         channels = network.channel_weights
 
-        resolution, fuse = self.resolution, context.acceleration.fuse
+        side, fuse = look.shape[-1], context.acceleration.fuse
 
         def prepare(images: Tensor) -> Tensor:
-            images = shrink(images, resolution)
             return images if pixels is None else torch.lerp(look, images, pixels)
 
         def measure(images: Tensor) -> Tensor:
@@ -216,7 +215,7 @@ class Lpips:
         frozen: FrozenVgg | None = getattr(network, "frozen", None)
         if frozen is None or not frozen.has_kernels:
             fused = fuse(measure)
-            return lambda candidate: fused(candidate.images)
+            return lambda candidate: fused(candidate.averaged(side))
 
         count = len(target)
 
@@ -224,9 +223,10 @@ class Lpips:
             features = network.features(images)
             return feature_distance(features, rows[:count], channels, rows[count:] or None)
 
-        prepared, rows = fuse(prepare), [*target, *(places or ())]
+        prepared = prepare if pixels is None else fuse(prepare)
+        rows = [*target, *(places or ())]
         checked = Checked(self.network, frozen.distance, plain, fuse(plain), slopes=1)
-        return lambda candidate: checked(prepared(candidate.images), *rows)
+        return lambda candidate: checked(prepared(candidate.averaged(side)), *rows)
 
     def keep(self, targets: Targets) -> Tensor | None:
         """The mask [N, 1, s, s] of the whole image; None if nothing is ignored."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from lmexp.acceleration import PLAIN, Acceleration
 from lmexp.draws import Draws
 from lmexp.generators.protocol import Generator
+from lmexp.landmarks.framing import average
 from lmexp.landmarks.jitter import look_through
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import LatentStatistics
@@ -75,6 +76,7 @@ class Candidate:
         seeds: one per job; random views derive from them.
         draws: the step's random numbers; None makes them from `seeds` and `step`.
         landmark_factors: [68], the step's factors of `Targets.landmark_weights`; None: all are 1.
+        average: `lmexp.landmarks.framing.average`, perhaps compiled.
     """
 
     images: Tensor
@@ -85,12 +87,36 @@ class Candidate:
     seeds: tuple[int, ...] = ()
     draws: Draws | None = field(default=None, repr=False)
     landmark_factors: Tensor | None = field(default=None, repr=False)
+    average: Callable[[Tensor, int], Tensor] = field(default=average, repr=False)
     _seen: dict[float, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _averaged: dict[int, tuple[Tensor, torch.cuda.Event | None]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @cached_property
     def heatmaps(self) -> Tensor:
         """[N, 68, 64, 64], the landmark network's answer to `images`."""
-        return self.heatmap_network(self.images)
+        side = getattr(self.heatmap_network, "side", None)
+        return self.heatmap_network(self.images if side is None else self.averaged(side))
+
+    def averaged(self, side: int) -> Tensor:
+        """`images` averaged over areas, [N, 3, side, side]; themselves where they are no larger.
+
+        Terms that ask for the same side share the pass through the large images, there and back,
+        also when they are computed on different streams.
+        """
+        if self.images.shape[-1] <= side:
+            return self.images
+        if side not in self._averaged:
+            made, done = self.average(self.images, side), None
+            if made.is_cuda:
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record()
+            self._averaged[side] = made, done
+        found, done = self._averaged[side]
+        if done is not None:
+            torch.cuda.current_stream(found.device).wait_event(done)
+        return found
 
     def see(self, expression: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
         """Heat maps of `images` and of the expression, through the same view of each job.
