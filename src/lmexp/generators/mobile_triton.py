@@ -71,8 +71,8 @@ def _place(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _read(maps, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
-    # [places, channels] of one image in float32, 0 beyond the border.
-    there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    # [places, channels] of one image in float32, 0 beyond the border below and on the right.
+    there = (row < height) & (column < width)
     at = (row * width + column) * C
     value = tl.load(maps + at[:, None] + channel[None, :], mask=there[:, None], other=0.0)
     return value.to(tl.float32)
