@@ -156,20 +156,25 @@ def list_work(side: int, inputs: int, outputs: int, batch: int) -> Iterator[Work
 
     layer = make_layer(side, inputs, outputs, dtype)
     taps: Any = layer.taps
-    x, style = make(batch, side, side, inputs), make(batch, inputs).float()
+    x = make(batch, side, side, inputs)
+    # Columns of one tensor, as in the network.
+    styles = torch.randn(batch, 5 * inputs, device="cuda")
+    (up, style), (of_up, own) = (
+        tensor.split([4 * inputs, inputs], dim=1) for tensor in (styles, torch.empty_like(styles))
+    )
     gradient = make(batch, side, side, outputs)
     yield "spread", lambda: kernels._spread(x, style, taps), STRIPS, 2 * places * inputs
     yield "product", lambda: kernels._product(x, layer), PRODUCTS, places * (inputs + outputs)
     yield "product back", lambda: gradient @ layer.weight, (), places * (inputs + outputs)
     if inputs == outputs:
-        back = (lambda: kernels._gather(x, taps, x, style)), STRIPS, 3 * places * inputs
+        back = (lambda: kernels._gather(x, taps, x, style, own)), STRIPS, 3 * places * inputs
         yield "gather", *back
         return
-    bands, up = make(batch, side // 2, side // 2, 4 * inputs), make(batch, 4 * inputs).float()
+    bands = make(batch, side // 2, side // 2, 4 * inputs)
     yield "merge", lambda: kernels._merge(bands, up), (), 2 * places * inputs
     yield (
         "gather bands",
-        lambda: kernels._gather_bands(x, taps, bands, up, style, activated=True),
+        lambda: kernels._gather_bands(x, taps, bands, up, style, of_up, own, activated=True),
         STRIPS,
         3 * places * inputs,
     )
@@ -183,9 +188,10 @@ def list_painting(side: int, channels: int, batch: int) -> Iterator[Work]:
     pixels = torch.randn(batch, 3, 2 * side, 2 * side, device="cuda")
     y = torch.randn(batch, side, side, channels, device="cuda").to(torch.bfloat16)
     style = torch.randn(batch, channels, device="cuda")
+    own = torch.empty_like(style)
     yield (
         "back image",
-        lambda: kernels._back_image(pixels, colours, y, style, columns),
+        lambda: kernels._back_image(pixels, colours, y, style, columns, own),
         PAINTED,
         batch * side**2 * (2 * channels + 2 * 12),  # pixels are float32
     )

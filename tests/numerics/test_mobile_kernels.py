@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_mobile_stylegan import random_tensors
 
 from lmexp.generators import mobile_lowered
@@ -48,26 +49,25 @@ def compare_kernels(device: str) -> list[float]:
         assert tail.has_kernels and len(tail.blocks) == (1 if with_head else 2)
         for count in (1, 3):
             torch.manual_seed(2)
-            modulations = [
-                modulation
-                for block in tail.blocks
-                for modulation in (block.up, block.modulation1, block.modulation2)
-            ]
-            modulations += tail.head.modulations
-            widths = [modulation.bias.shape[0] for modulation in modulations]
+            # Each style vector has more columns than any of its layers reads, and there are more
+            # styles on either side, as there may be in memory.
+            columns = 32 + max(map(sum, tail.widths))
             inputs = [torch.randn(count, 4, 4, CHANNELS[0])]
-            inputs += [torch.randn(count, width) for width in widths]
+            inputs.append(torch.randn(count, columns * len(tail.widths)))
             side = 16 if with_head else 32
             outer = torch.randn(count, 3, side, side)
             found = []
             for fast in (False, True):
                 there = device if fast else "cpu"
-                leaves = [value.clone().to(there).requires_grad_() for value in inputs]
+                x, styles = (value.to(there).requires_grad_() for value in inputs)
                 tail.to(there)
                 paint = functools.partial(mobile_triton.paint, tail) if fast else tail
-                images = paint(leaves[0], leaves[1:])
-                gradients = torch.autograd.grad(images, leaves, outer.to(there))
-                found.append([value.detach().cpu() for value in (images, *gradients)])
+                images = paint(x, F.pad(styles, (16, 48))[:, 16:-48] if fast else styles)
+                gradient, slopes = torch.autograd.grad(images, (x, styles), outer.to(there))
+                parts = tail.split(slopes)
+                # Columns of no layer have no gradient.
+                assert slopes.count_nonzero() == sum(part.count_nonzero() for part in parts)
+                found.append([value.detach().cpu() for value in (images, gradient, *parts)])
             for wanted, got in zip(*found, strict=True):
                 assert got.shape == wanted.shape and wanted.norm() > 0
                 errors.append(float((got - wanted).norm() / wanted.norm()))
@@ -118,7 +118,7 @@ def test_kernels_compile_for_a_gpu(name: str, sizes: dict[str, object]) -> None:
 
     kernel = getattr(mobile_triton, name)
     halves = ("x", "y", "weight", "more", "gradient", "colours", "skipped", "skip_weight")
-    whole = {"rows", "places", "count", "height", "width"}
+    whole = {"rows", "places", "count", "height", "width", "stride", "up_stride", "skip_stride"}
     types = {
         argument: "constexpr"
         if argument in sizes

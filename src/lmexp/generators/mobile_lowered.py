@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from lmexp.acceleration import Checked
 from lmexp.convolutions import depthwise, taps_of
 from lmexp.generators.mobile_head import merge_bands
+from lmexp.generators.mobile_styles import StackedStyles, split_styles
 
 LEAK = 0.2
 
@@ -114,18 +115,11 @@ class LoweredBlock(nn.Module):
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.up = block.get_submodule("up")
-        self.modulation1 = block.get_submodule("modulation1")
-        self.modulation2 = block.get_submodule("modulation2")
         self.conv1 = _lower(block.get_submodule("conv1"), dtype)
         self.conv2 = _lower(block.get_submodule("conv2"), dtype)
 
-    def styles(self, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """w1 and w2: [N, w_dim] -> factors of the bands [N, 4C] and of both layers' inputs."""
-        return self.up(w1), self.modulation1(w1), self.modulation2(w2)
-
     def forward(self, x: Tensor, up: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        """x: [N, h, w, 4C] and its three styles -> [N, 2h, 2w, C_out]."""
+        """x: [N, h, w, 4C], styles of the bands and of both layers -> [N, 2h, 2w, C_out]."""
         # The bands' factor and that of the channels they make, at a quarter of the values each.
         x = merge_last((x * up[:, None, None]).to(x.dtype))
         y: Tensor = self.conv2(self.conv1(x, first), second)
@@ -160,11 +154,9 @@ class LoweredHead(nn.Module):
             name: t.detach() for name, t in (*head.named_parameters(), *head.named_buffers())
         }
         self.layers = nn.ModuleList()
-        self.modulations = nn.ModuleList([head.get_submodule("modulation")])
         constant, skip = tensors["bias"].float(), None
         if "skip" in tensors:
-            for index, name in enumerate(("layer1", "layer2")):
-                self.modulations.insert(index, head.get_submodule(f"{name}.modulation"))
+            for name in ("layer1", "layer2"):
                 self.layers.append(
                     LoweredLayer(
                         tensors[f"{name}.weight"],
@@ -186,12 +178,8 @@ class LoweredHead(nn.Module):
         self.register_buffer("skip_rows", skip)
         self.register_buffer("skip_columns", None if skip is None else skip.T.contiguous())
 
-    def styles(self, ws: Tensor) -> list[Tensor]:
-        """ws: [N, 1 or 3, w_dim] -> factors of each product's input, [N, channels]."""
-        return [modulation(ws[:, index]) for index, modulation in enumerate(self.modulations)]
-
     def forward(self, x: Tensor, *styles: Tensor) -> Tensor:
-        """x: [N, h, w, C] -> images: [N, 3, 2h, 2w], float32."""
+        """x: [N, h, w, C], styles of both layers and of the product -> [N, 3, 2h, 2w], float32."""
         # float32 from the sum on: these are the image's values.
         total = self.constant
         if self.skip_rows is not None:
@@ -210,12 +198,19 @@ class LoweredTail(nn.Module):
     Args:
         blocks: with no dense layer among them.
         head: what follows.
+        widths: channels of their styles, style vector by style vector.
     """
 
-    def __init__(self, blocks: Sequence[LoweredBlock], head: LoweredHead) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[LoweredBlock],
+        head: LoweredHead,
+        widths: Sequence[Sequence[int]],
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.head = head
+        self.widths = widths
 
     @property
     def has_kernels(self) -> bool:
@@ -231,12 +226,17 @@ class LoweredTail(nn.Module):
             and all(width >= 16 and not width & (width - 1) for width in widths)
         )
 
-    def forward(self, x: Tensor, styles: Sequence[Tensor]) -> Tensor:
-        """x: [N, h, w, C], styles: three a block, then the head's -> images, float32."""
+    def split(self, styles: Tensor) -> list[Tensor]:
+        """styles: [N, S], see `StackedStyles` -> three a block, then the head's, [N, C] each."""
+        return split_styles(styles, self.widths)
+
+    def forward(self, x: Tensor, styles: Tensor) -> Tensor:
+        """x: [N, h, w, C], styles: [N, S], as `split` takes them -> images, float32."""
+        given = self.split(styles)
         count = 3 * len(self.blocks)
         for index, block in enumerate(self.blocks):
-            x = block(x, *styles[3 * index : 3 * index + 3])
-        images: Tensor = self.head(x, *styles[count:])
+            x = block(x, *given[3 * index : 3 * index + 3])
+        images: Tensor = self.head(x, *given[count:])
         return images
 
 
@@ -254,14 +254,16 @@ class LoweredSynthesis(nn.Module):
     def __init__(self, trunk: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("input", trunk.get_buffer("input").permute(0, 2, 3, 1).contiguous())
-        self.modulation = trunk.get_submodule("modulation")
         self.conv = _lower(trunk.get_submodule("conv"), dtype)
         blocks = [LoweredBlock(block, dtype) for block in trunk.get_submodule("blocks").children()]
         small = [block for block in blocks if block.conv1.dense]
         self.blocks = nn.ModuleList(small)
-        self.tail = LoweredTail(blocks[len(small) :], LoweredHead(head, dtype))
-        self._start: Callable[[Tensor], tuple[Tensor, list[Tensor]]] = self.start
-        self._end: Callable[[Tensor, Sequence[Tensor]], Tensor] = self.tail.forward
+        self.styles = StackedStyles(_list_modulations(trunk, head))
+        self.tail = LoweredTail(
+            blocks[len(small) :], LoweredHead(head, dtype), self.styles.widths[1 + 2 * len(small) :]
+        )
+        self._start: Callable[[Tensor], tuple[Tensor, Tensor]] = self.start
+        self._end: Callable[[Tensor, Tensor], Tensor] = self.tail.forward
         self._kernels: Checked | None = None
 
     def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
@@ -269,17 +271,13 @@ class LoweredSynthesis(nn.Module):
         self._start = fuse(self.start)  # type: ignore[assignment]
         self._end = fuse(self.tail.forward)
 
-    def start(self, ws: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """ws: [N, num_ws, w_dim] -> features of the small blocks and the tail's styles."""
-        x = self.conv(self.input, self.modulation(ws[:, 0]))
+    def start(self, ws: Tensor) -> tuple[Tensor, Tensor]:
+        """ws: [N, num_ws, w_dim] -> features of the small blocks and the tail's styles, [N, S]."""
+        styles, of_tail = self.styles(ws, apart=1 + 2 * len(self.blocks))
+        x = self.conv(self.input, styles[0])
         for index, block in enumerate(self.blocks):
-            first, second = ws[:, 1 + 2 * index], ws[:, 2 + 2 * index]
-            x = block(x, *block.styles(first, second))  # type: ignore[operator]
-        place, styles = 1 + 2 * len(self.blocks), []
-        for block in self.tail.blocks:
-            styles += block.styles(ws[:, place], ws[:, place + 1])  # type: ignore[operator]
-            place += 2
-        return x, styles + self.tail.head.styles(ws[:, place:])
+            x = block(x, *styles[1 + 3 * index : 4 + 3 * index])
+        return x, of_tail
 
     def forward(self, ws: Tensor) -> Tensor:
         """ws: [N, num_ws, w_dim] -> images: [N, 3, R, R], float32."""
@@ -291,11 +289,22 @@ class LoweredSynthesis(nn.Module):
 
             self._kernels = Checked(
                 "MobileStyleGAN",
-                lambda x, *styles: paint(self.tail, x, styles),
-                lambda x, *styles: self.tail(x, styles),
-                lambda x, *styles: self._end(x, styles),
+                lambda x, styles: paint(self.tail, x, styles),
+                lambda x, styles: self.tail(x, styles),
+                lambda x, styles: self._end(x, styles),
             )
-        return self._kernels(x, *styles)
+        return self._kernels(x, styles)
+
+
+def _list_modulations(trunk: nn.Module, head: nn.Module) -> list[list[nn.Module]]:
+    """Modulations of a network, by the style vector that they read."""
+    found = [[trunk.get_submodule("modulation")]]
+    for block in trunk.get_submodule("blocks").children():
+        found.append([block.get_submodule("up"), block.get_submodule("modulation1")])
+        found.append([block.get_submodule("modulation2")])
+    there = dict(head.named_modules())
+    names = ("layer1.modulation", "layer2.modulation", "modulation")
+    return found + [[there[name]] for name in names if name in there]
 
 
 def _to_pixels(bands: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ program, added up afterwards, so that they are the same at every run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +70,8 @@ def _place(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # t
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _read(maps, row, column, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
-    # [places, channels] of one image in float32, 0 beyond the border.
-    there = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    # [places, channels] of one image in float32, 0 beyond the border below and on the right.
+    there = (row < height) & (column < width)
     at = (row * width + column) * C
     value = tl.load(maps + at[:, None] + channel[None, :], mask=there[:, None], other=0.0)
     return value.to(tl.float32)
@@ -136,6 +135,7 @@ def _add(this, that, before, left, right, after, a, b, c):  # type: ignore[no-un
 def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     up,
+    stride,
     out,
     count,
     height,
@@ -143,14 +143,16 @@ def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Inverse Haar transform of modulated bands; an element is a place and channel of a band.
+    # Inverse Haar transform of modulated bands; an element is a place and channel of a band. The
+    # style `up` of the next image is `stride` further, here and below: styles are columns of one
+    # tensor.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     channel = at % C
     place = at // C
     image = place // (height * width)
     source = x + place * (4 * C) + channel
-    scale = up + image * (4 * C) + channel
+    scale = up + image * stride + channel
     low = tl.load(source, mask=there, other=0.0).to(tl.float32)
     low *= tl.load(scale, mask=there, other=0.0)
     rows = tl.load(source + C, mask=there, other=0.0).to(tl.float32)
@@ -172,6 +174,7 @@ def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     style,
+    stride,
     taps,
     out,
     height,
@@ -187,7 +190,7 @@ def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     x += image * height * width * C
     out += image * height * width * C
-    own = tl.load(style + image * C + channel)[None, :]
+    own = tl.load(style + image * stride + channel)[None, :]
     t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, False)
     t0, t1, t2 = t0 * own, t1 * own, t2 * own
     t3, t4, t5 = t3 * own, t4 * own, t5 * own
@@ -254,9 +257,11 @@ def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     y,
     style,
+    stride,
     weight,
     skipped,
     skip_style,
+    skip_stride,
     skip_weight,
     constant,
     out,
@@ -277,7 +282,7 @@ def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
         value = _read(y, row, column, channel, height, width, C)
-        value *= tl.load(style + image * C + channel)[None, :]
+        value *= tl.load(style + image * stride + channel)[None, :]
         factor = tl.load(weight + channel[:, None] * 16 + colour[None, :])
         total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
     if SKIPPED:
@@ -285,7 +290,7 @@ def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         for start in range(0, SKIPPED, CHANNELS):
             channel = start + tl.arange(0, CHANNELS)
             value = _read(skipped, row, column, channel, height, width, SKIPPED)
-            value *= tl.load(skip_style + image * SKIPPED + channel)[None, :]
+            value *= tl.load(skip_style + image * skip_stride + channel)[None, :]
             factor = tl.load(skip_weight + channel[:, None] * 16 + colour[None, :])
             total = tl.dot(value.to(factor.dtype), factor, total, input_precision="ieee")
     if CONSTANTS == 1:
@@ -318,6 +323,7 @@ def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     colours,
     y,
     style,
+    stride,
     weight,
     sums,
     out,
@@ -345,7 +351,7 @@ def _back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     paint = tl.load(colours + colour[:, None] * K + channel[None, :])
     entry = output[:, None] * K + channel[None, :]
     factor = tl.load(weight + entry, mask=(output < C_OUT)[:, None], other=0.0)
-    own = tl.load(style + image * K + channel)[None, :]
+    own = tl.load(style + image * stride + channel)[None, :]
     slope = leak * own
     inside = (column < width)[:, None]
     shown = inside & (colour < 12)[None, :]
@@ -380,6 +386,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     more,
     y,
     style,
+    stride,
     sums,
     out,
     height,
@@ -403,7 +410,7 @@ def _gather_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     out += size
     if MORE:
         more += size
-    own = tl.load(style + image * C + channel)[None, :]
+    own = tl.load(style + image * stride + channel)[None, :]
     slope = leak * own
     t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, True)
     a, b, c, d = _row(gradient, first - 1, column, channel, height, width, C)
@@ -437,7 +444,9 @@ def _gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     taps,
     x,
     up,
+    up_stride,
     style,
+    stride,
     sums,
     out,
     height,
@@ -461,8 +470,8 @@ def _gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     gradient += size
     x += size
     out += size
-    own = tl.load(style + image * C + channel)
-    up += image * (4 * C) + channel
+    own = tl.load(style + image * stride + channel)
+    up += image * up_stride + channel
     scale_low = (own * tl.load(up))[None, :]
     scale_rows = (own * tl.load(up + C))[None, :]
     scale_columns = (own * tl.load(up + 2 * C))[None, :]
@@ -542,9 +551,13 @@ def _walk(
     return grid, sizes
 
 
-def _add_up(sums: Tensor, n: int) -> Tensor:  # pragma: no cover
-    """Partial sums [tiles, C] of n images -> [n, C]."""
-    return sums.view(n, -1, sums.shape[-1]).sum(1)
+def _add_up(sums: Tensor, found: Tensor) -> None:  # pragma: no cover
+    """Partial sums [tiles, C] of N images into `found`, [N, C], which may be columns of more."""
+    torch.sum(sums.view(len(found), -1, sums.shape[-1]), 1, out=found)
+
+
+# Styles are [N, C], columns of a larger tensor as a rule; so are their gradients, which the
+# functions below write where they are told.
 
 
 def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
@@ -552,7 +565,7 @@ def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
     out = x.new_empty(n, 2 * height, 2 * width, bands // 4)
     count = x.numel() // 4
     grid = (triton.cdiv(count, BLOCK),)
-    _merge_kernel[grid](x, up, out, count, height, width, C=bands // 4, BLOCK=BLOCK)
+    _merge_kernel[grid](x, up, up.stride(0), out, count, height, width, C=bands // 4, BLOCK=BLOCK)
     return out
 
 
@@ -561,7 +574,7 @@ def _spread(x: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cov
     n, height, width, channels = x.shape
     out = torch.empty_like(x)
     grid, sizes = _walk(SPREAD_ROWS, n, height, width, channels)
-    _spread_kernel[grid](x, style, taps, out, height, width, C=channels, **sizes)
+    _spread_kernel[grid](x, style, style.stride(0), taps, out, height, width, C=channels, **sizes)
     return out
 
 
@@ -608,9 +621,11 @@ def _image(
     _image_kernel[(_tiles(ROWS, COLUMNS, n, height, width),)](
         y,
         style,
+        style.stride(0),
         head.columns,
         skipped,
         skip_style,
+        0 if skip_style is None else skip_style.stride(0),
         head.skip_columns,
         head.constant,
         out,
@@ -629,8 +644,8 @@ def _image(
 
 
 def _back_image(
-    pixels: Tensor, colours: Tensor, y: Tensor, style: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:  # pragma: no cover
+    pixels: Tensor, colours: Tensor, y: Tensor, style: Tensor, weight: Tensor, found: Tensor
+) -> Tensor:  # pragma: no cover
     """From an image to behind the 1×1 convolution before it.
 
     Args:
@@ -639,9 +654,10 @@ def _back_image(
         y: [N, h, w, K], the map.
         style: [N, K], what it was modulated with.
         weight: [O, K], of the 1×1 convolution that made it, transposed.
+        found: [N, K], for the style's gradient.
 
     Returns:
-        Gradients [N, h, w, O], and of the style [N, K].
+        Gradients [N, h, w, O].
     """
     n, height, width, channels = y.shape
     outputs = len(weight)
@@ -655,6 +671,7 @@ def _back_image(
         colours,
         y,
         style,
+        style.stride(0),
         weight,
         sums,
         out,
@@ -669,22 +686,29 @@ def _back_image(
         num_warps=WARPS,
         num_stages=1,
     )
-    return out, _add_up(sums, n)
+    _add_up(sums, found)
+    return out
 
 
 def _gather(
-    gradient: Tensor, taps: Tensor, y: Tensor, style: Tensor, more: Tensor | None = None
-) -> tuple[Tensor, Tensor]:  # pragma: no cover
+    gradient: Tensor,
+    taps: Tensor,
+    y: Tensor,
+    style: Tensor,
+    found: Tensor,
+    more: Tensor | None = None,
+) -> Tensor:  # pragma: no cover
     """From behind a layer's depthwise convolution to before the activation that it reads.
 
     Args:
         gradient: [N, h, w, C], behind the convolution with `taps`.
         y: [N, h, w, C], the activated map.
         style: [N, C], what it was modulated with.
+        found: [N, C], for the style's gradient.
         more: [N, h, w, C], gradient of another reader of the modulated map.
 
     Returns:
-        Gradients [N, h, w, C], and of the style [N, C].
+        Gradients [N, h, w, C].
     """
     n, height, width, channels = y.shape
     grid, sizes = _walk(GATHER_ROWS, n, height, width, channels)
@@ -696,6 +720,7 @@ def _gather(
         more,
         y,
         style,
+        style.stride(0),
         sums,
         out,
         height,
@@ -705,13 +730,22 @@ def _gather(
         MORE=more is not None,
         **sizes,
     )
-    return out, _add_up(sums, n)
+    _add_up(sums, found)
+    return out
 
 
 def _gather_bands(
-    gradient: Tensor, taps: Tensor, x: Tensor, up: Tensor, style: Tensor, *, activated: bool
-) -> tuple[Tensor, Tensor, Tensor]:  # pragma: no cover
-    """The same through the bands x [N, h, w, 4 C]: gradients, of the styles of bands and layer."""
+    gradient: Tensor,
+    taps: Tensor,
+    x: Tensor,
+    up: Tensor,
+    style: Tensor,
+    found_up: Tensor,
+    found: Tensor,
+    *,
+    activated: bool,
+) -> Tensor:  # pragma: no cover
+    """The same through the bands x [N, h, w, 4 C], which `up` [N, 4 C] modulates."""
     n, height, width, bands = x.shape
     channels = bands // 4
     grid, sizes = _walk(GATHER_ROWS, n, 2 * height, 2 * width, channels)
@@ -722,7 +756,9 @@ def _gather_bands(
         taps,
         x,
         up,
+        up.stride(0),
         style,
+        style.stride(0),
         sums,
         out,
         height,
@@ -732,9 +768,11 @@ def _gather_bands(
         ACTIVATED=activated,
         **sizes | {"ROWS": GATHER_ROWS // 2, "STAGES": BANDS_STAGES},
     )
-    found = _add_up(sums, n).view(n, 4, channels)
-    of_up = (found * style[:, None]).flatten(1)
-    return out, of_up, (found * up.view(n, 4, channels)).sum(1)
+    # Of both styles' product, band by band.
+    own = sums.view(n, -1, 4, channels).sum(1)
+    torch.mul(own, style[:, None], out=found_up.view(n, 4, channels))
+    torch.sum(own * up.view(n, 4, channels), 1, out=found)
+    return out
 
 
 def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover
@@ -745,13 +783,14 @@ def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover
 
 
 class _Tail(torch.autograd.Function):  # pragma: no cover
-    """`LoweredTail` of bands [N, h, w, 4 C] and styles [N, channels]."""
+    """`LoweredTail` of bands [N, h, w, 4 C] and styles [N, S]."""
 
     @staticmethod
-    def forward(ctx: Any, tail: LoweredTail, x: Tensor, *styles: Tensor) -> Tensor:
-        x = x.contiguous()
-        styles = tuple(style.float().contiguous() for style in styles)
-        maps, given = [x], list(styles)
+    def forward(ctx: Any, tail: LoweredTail, x: Tensor, styles: Tensor) -> Tensor:
+        x, styles = x.contiguous(), styles.float()
+        if styles.stride(1) != 1:
+            styles = styles.contiguous()
+        maps, given = [x], tail.split(styles)
         for block in tail.blocks:
             up, first, second = given[:3]
             del given[:3]
@@ -765,51 +804,52 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
             images = _image(maps[-1], given[2], head, features, given[0])
         else:
             images = _image(maps[-1], given[0], head, None, None)
-        ctx.tail, ctx.count = tail, len(styles)
-        ctx.save_for_backward(*styles, *maps)
+        ctx.tail = tail
+        ctx.save_for_backward(styles, *maps)
         return images
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tail, pixels = ctx.tail, gradients[0].contiguous()
-        styles, maps = list(ctx.saved_tensors[: ctx.count]), list(ctx.saved_tensors[ctx.count :])
-        found: list[Tensor] = []  # from the last style to the first
+        together, *maps = ctx.saved_tensors
+        # Zeros: columns of no layer have no gradient.
+        found = torch.zeros_like(together, memory_format=torch.contiguous_format)
+        # Each style and where its gradient belongs, taken from the last to the first.
+        styles = list(zip(tail.split(together), tail.split(found), strict=True))
         head, blocks = tail.head, list(tail.blocks)
+        style, own = styles.pop()
         if head.layers:
             conv1, conv2 = head.layers
-            gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), conv2.columns)
-            found.append(own)
-            gradient, own = _gather(gradient, conv2.taps, maps.pop(), styles.pop())
-            found.append(own)
+            gradient = _back_image(pixels, head.rows, maps.pop(), style, conv2.columns, own)
+            gradient = _gather(gradient, conv2.taps, maps.pop(), *styles.pop())
             # The product that skips both layers.
             more = _unpaint(pixels).to(gradient.dtype) @ head.skip_rows[:12]
             gradient = gradient @ conv1.weight
-            gradient, own = _gather(gradient, conv1.taps, maps.pop(), styles.pop(), more)
+            gradient = _gather(gradient, conv1.taps, maps.pop(), *styles.pop(), more)
             gradient = gradient @ blocks[-1].conv2.weight
         else:
             below = blocks[-1].conv2.columns
-            gradient, own = _back_image(pixels, head.rows, maps.pop(), styles.pop(), below)
-        found.append(own)
+            gradient = _back_image(pixels, head.rows, maps.pop(), style, below, own)
         while blocks:
             block = blocks.pop()
-            gradient, own = _gather(gradient, block.conv2.taps, maps.pop(), styles.pop())
-            found.append(own)
-            first, up = styles.pop(), styles.pop()
-            gradient, of_up, own = _gather_bands(
+            gradient = _gather(gradient, block.conv2.taps, maps.pop(), *styles.pop())
+            (style, own), (up, of_up) = styles.pop(), styles.pop()
+            gradient = _gather_bands(
                 gradient @ block.conv1.weight,
                 block.conv1.taps,
                 maps.pop(),
                 up,
-                first,
+                style,
+                of_up,
+                own,
                 activated=bool(blocks),
             )
-            found += [own, of_up]
             if blocks:
                 gradient = gradient @ blocks[-1].conv2.weight
-        return None, gradient, *reversed(found)
+        return None, gradient, found
 
 
-def paint(tail: LoweredTail, x: Tensor, styles: Sequence[Tensor]) -> Tensor:  # pragma: no cover
+def paint(tail: LoweredTail, x: Tensor, styles: Tensor) -> Tensor:  # pragma: no cover
     """`tail(x, styles)` by these kernels; `tail.has_kernels` says whether they fit it."""
-    images: Tensor = _Tail.apply(tail, x, *styles)
+    images: Tensor = _Tail.apply(tail, x, styles)
     return images
