@@ -183,7 +183,8 @@ def span(args: argparse.Namespace, cuda: bool) -> Iterator[Cell]:
                         parts = gpus == 1
                         yield Cell("step", recipe, resolution, name, batch, gpus, parts)
                 if name in ("cuda_half", "cuda_fast"):
-                    yield Cell("agreement", recipe, resolution, name, 2)
+                    batch = max(2, min(args.batches or [1]))
+                    yield Cell("agreement", recipe, resolution, name, batch)
 
 
 def matches(cell: Cell, args: argparse.Namespace) -> bool:

@@ -183,6 +183,10 @@ def measure(
         return report
 
 
+_SHOWN = 6
+"""Jobs of which an agreement's picture shows a row."""
+
+
 class Bench:
     """A cell's objects: networks, targets, starts."""
 
@@ -285,7 +289,7 @@ class Bench:
         nudged = Latents(self.start.ws * (1 + 1e-6), hair)
         with exact_float32():
             exact, exact_losses = run(self.plain, self.start)
-            _, nudged_losses = run(self.plain, nudged)
+            hair_off, nudged_losses = run(self.plain, nudged)
         fast, fast_losses = run(self.workbench.stepping_context(self.config), self.start)
         report: dict[str, Any] = {
             "steps": steps,
@@ -297,10 +301,10 @@ class Bench:
             name = f"{self.cell.recipe}_{self.cell.resolution}_{self.cell.hardware}.png"
             path = Path(settings.pictures) / name
             rows = [
-                torch.cat([self.render(exact, k), self.render(fast, k)])
-                for k in range(min(self.cell.batch, 3))
+                torch.cat([self.render(found, k) for found in (exact, fast, hair_off)])
+                for k in range(min(self.cell.batch, _SHOWN))
             ]
-            write_pairs(rows, path)
+            write_rows(rows, path)
             report["picture"] = name
         return report
 
@@ -461,17 +465,16 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def write_pairs(rows: Sequence[Tensor], path: Path, side: int = 256) -> None:
-    """Each row's two images and eight times their difference, next to each other.
+def write_rows(rows: Sequence[Tensor], path: Path, side: int = 256) -> None:
+    """Each row's images, then how the others differ from the first, eight times.
 
     Args:
-        rows: one [2, 3, R, R] in [-1, 1] a row.
+        rows: one [M, 3, R, R] in [-1, 1] a row.
     """
     shown = []
-    for pair in rows:
-        a, b = pair.clamp(-1, 1).cpu()
-        trio = [(a + 1) / 2, (b + 1) / 2, ((a - b).abs() * 4).clamp(0, 1)]
-        images = torch.stack(trio)
+    for row in rows:
+        images = (row.clamp(-1, 1).cpu() + 1) / 2
+        images = torch.cat([images, ((images[1:] - images[0]).abs() * 8).clamp(0, 1)])
         if images.shape[-1] > side:
             images = nn.functional.interpolate(images, size=(side, side), mode="area")
         shown.append(torch.cat(list(images), dim=2))

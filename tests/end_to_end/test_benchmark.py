@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from lmexp.composition import conf_folder
@@ -214,7 +215,9 @@ def test_agreement_with_float32(scripts: SimpleNamespace, tmp_path: Path) -> Non
     assert set(off) == {"lpips", "landmarks", "noise", "total"}
     assert 1e-6 < off["lpips"]["largest"] < 0.1
     assert off["lpips"]["mean"] > report["relative_difference_of_a_hair"]["lpips"]["mean"]
-    assert report["picture"] == "tiny_32_cpu.png" and (tmp_path / report["picture"]).is_file()
+    assert report["picture"] == "tiny_32_cpu.png"
+    with Image.open(tmp_path / report["picture"]) as picture:
+        assert picture.size == (5 * 32, 32)
     results = {"cells": [report], "date": "", "revision": None, "settings": {}}
     table = scripts.tables.agreement(results["cells"])
     assert [row[1] for row in table[1:]] == list(off)
