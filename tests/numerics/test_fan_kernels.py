@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lmexp.landmarks import frozen_fan
 from lmexp.landmarks.fan import CEILING, Fan, HierarchicalBlock
-from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, add, fork, halve, merge, rectify
+from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, add, halve, merge, rectify
 
 Function = Callable[..., Any]
 
