@@ -467,7 +467,7 @@ class _Slope(NamedTuple):
     """A gradient, and the last quarter of its channels by itself, with which a block begins."""
 
     whole: Tensor
-    tail: Tensor
+    tail: Any
 
 
 PARTS = ("", "_level", "_scale")
@@ -599,6 +599,7 @@ def _collect(
     coarse: _Due | None = None,
     more: Tensor | None = None,
     through: Tensor | None = None,
+    tail: bool = True,
     halves: bool = False,
 ) -> tuple[_Slope, _Slope | None]:  # pragma: no cover
     """Finish a gradient, in one pass: `_make`'s counterpart.
@@ -608,6 +609,7 @@ def _collect(
         coarse: the gradient of the map's means over 2×2 places.
         more: a further summand.
         through: the map itself, if that is rectified.
+        tail: whether the map is a block's result.
         halves: whether the gradient of a `coarse` summand is wanted.
 
     Returns:
@@ -621,11 +623,11 @@ def _collect(
     else:
         C, height, width = like.shape[1:]
 
-    def place(*size: int) -> _Slope:
-        return _Slope(_empty(like, C, *size), _empty(like, C // 4, *size))
+    def place(tail: bool, *size: int) -> _Slope:
+        return _Slope(_empty(like, C, *size), _empty(like, C // 4, *size) if tail else None)
 
-    made = place(height, width)
-    halved = place(height // 2, width // 2) if halves else None
+    made = place(tail, height, width)
+    halved = place(True, height // 2, width // 2) if halves else None
     _launch_over(
         _collect_kernel,
         made.whole.shape,
@@ -817,7 +819,8 @@ def _run_back(
         due = _back_block(network.tops[index], _Slope(whole, tail), tape)
         across, down = _back_hourglass(network.hourglasses[index], due, tape)
         more = None if slope is None else slope.whole
-        slope = _collect(across, ceiling, coarse=down, more=more)[0]
+        # Between stacks a map is a block's result only before the first.
+        slope = _collect(across, ceiling, coarse=down, more=more, tail=index == 0)[0]
         if index > 0:
             gradient, conv = slope.whole, network.feedback[index - 1]
     assert slope is not None
@@ -826,7 +829,7 @@ def _run_back(
     slope = _collect(_Due(), ceiling, coarse=halved)[0]
     due = _back_block(blocks[0], slope, tape)
     (level,) = tape.pop()
-    whole = _collect(due, ceiling, through=level)[0].whole
+    whole = _collect(due, ceiling, through=level, tail=False)[0].whole
     return _convolve_back(whole, arranged, network.stem.conv)
 
 
