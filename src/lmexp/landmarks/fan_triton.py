@@ -94,6 +94,14 @@ def _join(  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _look_up(vector, channel, there, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    value = tl.zeros([BLOCK], dtype=tl.float32)
+    if vector is not None:
+        value = tl.load(vector + channel, mask=there, other=0.0)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _serve(  # type: ignore[no-untyped-def] # pragma: no cover
     value,
     whole,
@@ -115,16 +123,10 @@ def _serve(  # type: ignore[no-untyped-def] # pragma: no cover
     if whole is not None:
         _write(whole, value, begin, place, channel, there, C)
     if first is not None:
-        made = value * tl.load(first_scale + channel, mask=there, other=0.0)
-        made = _clamp(
-            made + tl.load(first_shift + channel, mask=there, other=0.0), ceiling, BOUNDED
-        )
+        made = _clamp(value * first_scale + first_shift, ceiling, BOUNDED)
         _write(first, made, begin, place, channel, there, C)
     if around is not None:
-        made = value * tl.load(around_scale + channel, mask=there, other=0.0)
-        made = _clamp(
-            made + tl.load(around_shift + channel, mask=there, other=0.0), ceiling, BOUNDED
-        )
+        made = _clamp(value * around_scale + around_shift, ceiling, BOUNDED)
         _write(around, made, begin, place, channel, there, C)
 
 
@@ -169,6 +171,15 @@ def _make_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     there = at < width * C
     place = at // C
     channel = at % C
+    # All reading comes first: past a store to who knows where, no load may be moved up.
+    first_scale = _look_up(first_scale, channel, there, BLOCK)
+    first_shift = _look_up(first_shift, channel, there, BLOCK)
+    around_scale = _look_up(around_scale, channel, there, BLOCK)
+    around_shift = _look_up(around_shift, channel, there, BLOCK)
+    halved_first_scale = _look_up(halved_first_scale, channel, there, BLOCK)
+    halved_first_shift = _look_up(halved_first_shift, channel, there, BLOCK)
+    halved_around_scale = _look_up(halved_around_scale, channel, there, BLOCK)
+    halved_around_shift = _look_up(halved_around_shift, channel, there, BLOCK)
     if coarse_x is not None:
         below = _join(
             coarse_x, coarse_half, coarse_quarter, coarse_last, begin, place, channel, there, C
@@ -177,7 +188,7 @@ def _make_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     corner = place
     if CORNERS == 4:
         corner = place * 2
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    values = ()
     for k in tl.static_range(CORNERS):
         fine = begin * CORNERS + (k // 2) * 2 * width + k % 2
         value = _join(x, half, quarter, last, fine, corner, channel, there, C)
@@ -190,8 +201,11 @@ def _make_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         value = _round(value, x)
         if coarse_x is not None:
             value = _round(value + below, x)
+        values += (value,)  # type: ignore[assignment]
+    for k in tl.static_range(CORNERS):
+        fine = begin * CORNERS + (k // 2) * 2 * width + k % 2
         _serve(
-            value,
+            values[k],
             whole,
             first,
             first_scale,
@@ -207,10 +221,10 @@ def _make_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             C,
             BOUNDED,
         )
-        total += value
     if CORNERS == 4:
+        mean = (values[0] + values[1] + values[2] + values[3]) * 0.25  # type: ignore[misc]
         _serve(
-            _round(total * 0.25, x),
+            _round(mean, x),
             halved,
             halved_first,
             halved_first_scale,
@@ -365,7 +379,7 @@ def _collect_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     corner = place
     if CORNERS == 4:
         corner = place * 2
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    values = ()
     for k in tl.static_range(CORNERS):
         fine = begin * CORNERS + (k // 2) * 2 * width + k % 2
         value = _gather(
@@ -394,10 +408,13 @@ def _collect_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         if through is not None:
             level = _read(through, fine, corner, channel, there, C)
             value = tl.where(_passes(level, ceiling, BOUNDED), value, 0.0)
-        _hand_on(value, whole, tail, fine, corner, channel, there, C)
-        total += value
+        values += (value,)  # type: ignore[assignment]
+    for k in tl.static_range(CORNERS):
+        fine = begin * CORNERS + (k // 2) * 2 * width + k % 2
+        _hand_on(values[k], whole, tail, fine, corner, channel, there, C)
     if halved is not None:
         # A value that counted for four places gets all their gradients.
+        total = values[0] + values[1] + values[2] + values[3]  # type: ignore[misc]
         _hand_on(_round(total, whole), halved, halved_tail, begin, place, channel, there, C)
 
 
@@ -740,31 +757,37 @@ def _back_block(block: Any, slope: _Slope, tape: Tape) -> _Due:  # pragma: no co
 def _run_hourglass(
     hourglass: Any, fine: _Read, halved: _Read, reader: _Reader, tape: Tape
 ) -> _Read:  # pragma: no cover
-    """From what the blocks across and down read to what follows."""
+    """From what the blocks across and down read to what follows.
+
+    Here and below nothing has a name for longer than it is needed: names hold memory.
+    """
     ceiling, inner, up = hourglass.across.ceiling, hourglass.inner, _reader(hourglass.up)
     across = _run_block(hourglass.across, fine, tape)
     down = _run_block(hourglass.down, halved, tape)
     if hourglass.is_innermost:
-        read = _make(down, ceiling, _reader(inner))[0]
-        read = _make(_run_block(inner, read, tape), ceiling, up)[0]
+        down = _run_block(inner, _make(down, ceiling, _reader(inner))[0], tape)
+        read = _make(down, ceiling, up)[0]
     else:
-        below = _make(down, ceiling, _reader(inner.across), halved=_reader(inner.down))
-        read = _run_hourglass(inner, *below, up, tape)
+        reads = _make(down, ceiling, _reader(inner.across), halved=_reader(inner.down))
+        del down
+        read = _run_hourglass(inner, *reads, up, tape)
     coarse = _run_block(hourglass.up, read, tape)
     return _make(across, ceiling, reader, coarse=coarse)[0]
 
 
-def _back_hourglass(hourglass: Any, due: _Due, tape: Tape) -> tuple[_Due, _Due]:  # pragma: no cover
-    """From the result's gradient to those of what the blocks across and down read."""
+def _back_hourglass(
+    hourglass: Any, fine: _Slope, coarse: Any, tape: Tape
+) -> tuple[_Due, _Due]:  # pragma: no cover
+    """From the gradients of the blocks across and up to those of what across and down read."""
     ceiling, inner = hourglass.across.ceiling, hourglass.inner
-    fine, coarse = _collect(due, ceiling, halves=True)
-    assert coarse is not None
-    below = _back_block(hourglass.up, coarse, tape)
+    due = _back_block(hourglass.up, coarse, tape)
     if hourglass.is_innermost:
-        slope = _collect(below, ceiling)[0]
-        slope = _collect(_back_block(inner, slope, tape), ceiling)[0]
+        due = _back_block(inner, _collect(due, ceiling)[0], tape)
+        slope = _collect(due, ceiling)[0]
     else:
-        across, down = _back_hourglass(inner, below, tape)
+        slopes = _collect(due, ceiling, halves=True)
+        del due
+        across, down = _back_hourglass(inner, *slopes, tape)
         slope = _collect(across, ceiling, coarse=down)[0]
     halved = _back_block(hourglass.down, slope, tape)
     return _back_block(hourglass.across, fine, tape), halved
@@ -776,58 +799,72 @@ def _run_rectified(conv: Any, x: Tensor, reader: _Reader) -> _Read:  # pragma: n
     return _make(parts, conv.ceiling, reader, shift=conv.shift, clamped=True)[0]
 
 
+def _run_top(block: Any, last: Any, read: _Read, tape: Tape) -> Tensor:  # pragma: no cover
+    """From what the block on top reads to the features of a stack."""
+    parts = _run_block(block, read, tape)
+    x = _make(parts, block.ceiling, _Reader(whole=True))[0].whole
+    features: Tensor = _run_rectified(last, x, NOTHING).whole
+    tape.append((x, features))
+    return features
+
+
+def _back_top(
+    block: Any, last: Any, gradient: Tensor, conv: Any, tape: Tape
+) -> _Due:  # pragma: no cover
+    """The same backward, from the gradient of a convolution of the features."""
+    x, features = tape.pop()
+    back = _Back(_convolve_back(gradient, features, conv), features, None)
+    own = _collect_part(None, 0, features.shape[1], back, last.ceiling)
+    whole = _convolve_back(own, x, last.conv)
+    C = whole.shape[1]
+    tail = _collect_part(whole, C - C // 4, C // 4, None, last.ceiling)
+    return _back_block(block, _Slope(whole, tail), tape)
+
+
 def _run(network: Any, arranged: Tensor, tape: Tape) -> Tensor:  # pragma: no cover
     """`FrozenFan.draw`."""
-    ceiling, hourglasses = network.ceiling, network.hourglasses
-    first, second, third = network.blocks
+    ceiling, (first, second, third) = network.ceiling, network.blocks
     read = _run_rectified(network.stem, arranged, _reader(first))
     tape.append((read.whole,))
     read = _make(_run_block(first, read, tape), ceiling, halved=_reader(second))[1]
     read = _make(_run_block(second, read, tape), ceiling, _reader(third))[0]
     x = _run_block(third, read, tape)
-    more = shift = None
-    for index, hourglass in enumerate(hourglasses):
-        across, down = _reader(hourglass.across)._replace(whole=True), _reader(hourglass.down)
-        fine, halved = _make(x, ceiling, across, halved=down, more=more, shift=shift)
-        top = network.tops[index]
+    features: Any = None
+    for index, hourglass in enumerate(network.hourglasses):
+        fine, halved = _make(
+            x,
+            ceiling,
+            _reader(hourglass.across)._replace(whole=True),
+            halved=_reader(hourglass.down),
+            more=None if index == 0 else _convolve(features, network.feedback[index - 1]),
+            shift=None if index == 0 else network.shifts[index - 1],
+        )
+        x = _Parts(fine.whole)
+        top, last = network.tops[index], network.lasts[index]
         read = _run_hourglass(hourglass, fine, halved, _reader(top), tape)
-        y = _make(_run_block(top, read, tape), ceiling, _Reader(whole=True))[0].whole
-        z = _run_rectified(network.lasts[index], y, NOTHING).whole
-        tape.append((y, z))
-        if index < len(network.feedback):
-            x, more = _Parts(fine.whole), _convolve(z, network.feedback[index])
-            shift = network.shifts[index]
-    return _draw_maps(z, network.heatmaps)
+        features = _run_top(top, last, read, tape)
+    return _draw_maps(features, network.heatmaps)
 
 
 def _run_back(
     network: Any, gradient: Tensor, arranged: Tensor, tape: Tape
 ) -> Tensor:  # pragma: no cover
     """The gradient of `_run` with respect to what is arranged."""
-    ceiling, blocks = network.ceiling, network.blocks
-    slope: _Slope | None = None
-    conv = network.heatmaps
-    gradient = gradient.to(conv.weight.dtype, memory_format=torch.channels_last)
+    ceiling, (first, second, third) = network.ceiling, network.blocks
+    convs = [*network.feedback, network.heatmaps]
+    gradient = gradient.to(arranged.dtype, memory_format=torch.channels_last)
+    more: Tensor | None = None
     for index in reversed(range(len(network.hourglasses))):
-        y, z = tape.pop()
-        last = network.lasts[index]
-        back = _Back(_convolve_back(gradient, z, conv), z, None)
-        own = _collect_part(None, 0, z.shape[1], back, ceiling)
-        whole = _convolve_back(own, y, last.conv)
-        C = whole.shape[1]
-        tail = _collect_part(whole, C - C // 4, C // 4, None, ceiling)
-        due = _back_block(network.tops[index], _Slope(whole, tail), tape)
-        across, down = _back_hourglass(network.hourglasses[index], due, tape)
-        more = None if slope is None else slope.whole
-        # Between stacks a map is a block's result only before the first.
+        top, last = network.tops[index], network.lasts[index]
+        slopes = _collect(_back_top(top, last, gradient, convs[index], tape), ceiling, halves=True)
+        across, down = _back_hourglass(network.hourglasses[index], *slopes, tape)
+        # Between stacks a map is not a block's result.
         slope = _collect(across, ceiling, coarse=down, more=more, tail=index == 0)[0]
-        if index > 0:
-            gradient, conv = slope.whole, network.feedback[index - 1]
-    assert slope is not None
-    slope = _collect(_back_block(blocks[2], slope, tape), ceiling)[0]
-    halved = _back_block(blocks[1], slope, tape)
+        gradient = more = slope.whole
+    slope = _collect(_back_block(third, slope, tape), ceiling)[0]
+    halved = _back_block(second, slope, tape)
     slope = _collect(_Due(), ceiling, coarse=halved)[0]
-    due = _back_block(blocks[0], slope, tape)
+    due = _back_block(first, slope, tape)
     (level,) = tape.pop()
     whole = _collect(due, ceiling, through=level, tail=False)[0].whole
     return _convolve_back(whole, arranged, network.stem.conv)
