@@ -801,8 +801,8 @@ def _run_rectified(conv: Any, x: Tensor, reader: _Reader) -> _Read:  # pragma: n
 
 def _run_top(block: Any, last: Any, read: _Read, tape: Tape) -> Tensor:  # pragma: no cover
     """From what the block on top reads to the features of a stack."""
-    parts = _run_block(block, read, tape)
-    x = _make(parts, block.ceiling, _Reader(whole=True))[0].whole
+    x = _make(_run_block(block, read, tape), block.ceiling, _Reader(whole=True))[0].whole
+    del read
     features: Tensor = _run_rectified(last, x, NOTHING).whole
     tape.append((x, features))
     return features
@@ -814,8 +814,11 @@ def _back_top(
     """The same backward, from the gradient of a convolution of the features."""
     x, features = tape.pop()
     back = _Back(_convolve_back(gradient, features, conv), features, None)
-    own = _collect_part(None, 0, features.shape[1], back, last.ceiling)
+    del features
+    own = _collect_part(None, 0, back.level.shape[1], back, last.ceiling)
+    del back
     whole = _convolve_back(own, x, last.conv)
+    del own, x
     C = whole.shape[1]
     tail = _collect_part(whole, C - C // 4, C // 4, None, last.ceiling)
     return _back_block(block, _Slope(whole, tail), tape)
@@ -841,9 +844,30 @@ def _run(network: Any, arranged: Tensor, tape: Tape) -> Tensor:  # pragma: no co
         )
         x = _Parts(fine.whole)
         top, last = network.tops[index], network.lasts[index]
-        read = _run_hourglass(hourglass, fine, halved, _reader(top), tape)
-        features = _run_top(top, last, read, tape)
+        features = _run_top(
+            top, last, _run_hourglass(hourglass, fine, halved, _reader(top), tape), tape
+        )
     return _draw_maps(features, network.heatmaps)
+
+
+def _back_stack(
+    network: Any, index: int, gradient: Tensor, following: _Slope | None, tape: Tape
+) -> _Slope:  # pragma: no cover
+    """The gradient of what a stack reads.
+
+    Args:
+        gradient: of the convolution of its features that follows.
+        following: of what the next stack reads.
+    """
+    ceiling, hourglass = network.ceiling, network.hourglasses[index]
+    conv = [*network.feedback, network.heatmaps][index]
+    due = _back_top(network.tops[index], network.lasts[index], gradient, conv, tape)
+    slopes = _collect(due, ceiling, halves=True)
+    del due
+    across, down = _back_hourglass(hourglass, *slopes, tape)
+    more = None if following is None else following.whole
+    # Between stacks a map is not a block's result.
+    return _collect(across, ceiling, coarse=down, more=more, tail=index == 0)[0]
 
 
 def _run_back(
@@ -851,20 +875,16 @@ def _run_back(
 ) -> Tensor:  # pragma: no cover
     """The gradient of `_run` with respect to what is arranged."""
     ceiling, (first, second, third) = network.ceiling, network.blocks
-    convs = [*network.feedback, network.heatmaps]
     gradient = gradient.to(arranged.dtype, memory_format=torch.channels_last)
-    more: Tensor | None = None
+    slope: Any = None
     for index in reversed(range(len(network.hourglasses))):
-        top, last = network.tops[index], network.lasts[index]
-        slopes = _collect(_back_top(top, last, gradient, convs[index], tape), ceiling, halves=True)
-        across, down = _back_hourglass(network.hourglasses[index], *slopes, tape)
-        # Between stacks a map is not a block's result.
-        slope = _collect(across, ceiling, coarse=down, more=more, tail=index == 0)[0]
-        gradient = more = slope.whole
+        slope = _back_stack(network, index, gradient, slope, tape)
+        gradient = slope.whole
+    del gradient
     slope = _collect(_back_block(third, slope, tape), ceiling)[0]
-    halved = _back_block(second, slope, tape)
-    slope = _collect(_Due(), ceiling, coarse=halved)[0]
+    slope = _collect(_Due(), ceiling, coarse=_back_block(second, slope, tape))[0]
     due = _back_block(first, slope, tape)
+    del slope
     (level,) = tape.pop()
     whole = _collect(due, ceiling, through=level, tail=False)[0].whole
     return _convolve_back(whole, arranged, network.stem.conv)
