@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmexp.landmarks import frozen_fan
 from lmexp.landmarks.fan import CEILING, Fan, HierarchicalBlock
-from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, add, fork, halve, merge, rectify
-
-Function = Callable[..., Any]
+from lmexp.landmarks.frozen_fan import FrozenBlock, FrozenFan, FrozenHourglass
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -54,88 +51,216 @@ def test_a_lowered_fan_is_the_fan(width: int) -> None:
     torch.testing.assert_close(slopes[1], slopes[0], rtol=1e-3, atol=1e-4)
 
 
-def compare(
-    plain: Function, fast: Function, inputs: Sequence[Tensor], *constants: Any
-) -> list[float]:
-    """Relative errors of results and gradients."""
-    found: list[list[Tensor]] = []
-    for function in (plain, fast):
-        leaves = [x.detach().clone().requires_grad_() for x in inputs]
-        made = function(*leaves, *constants)
-        outputs = list(made) if isinstance(made, tuple) else [made]
-        outer = [draw(*output.shape, seed=7).to(output) for output in outputs]
-        gradients = torch.autograd.grad(outputs, leaves, outer)
-        found.append([*(output.detach() for output in outputs), *gradients])
-    errors = []
-    for wanted, got in zip(*found, strict=True):
-        assert got.shape == wanted.shape and got.dtype == wanted.dtype and wanted.norm() > 0
-        errors.append(float((got - wanted).norm() / wanted.norm()))
-    return errors
+def build(width: int, depth: int, stacks: int, ceiling: float) -> FrozenFan:
+    """A lowered network of random weights, in float32, whose skips are of both kinds."""
+    torch.manual_seed(width)
+
+    def block(inputs: int, outputs: int) -> FrozenBlock:
+        module = HierarchicalBlock(inputs, outputs)
+        stir(module)
+        layers = [(getattr(module, f"norm{i}"), getattr(module, f"conv{i}")) for i in (1, 2, 3)]
+        way: Any = module.skip
+        skip = None if isinstance(way, nn.Identity) else (way[0], way[2])
+        return FrozenBlock(layers, skip, ceiling, torch.float32)
+
+    def normalised(*sizes: int, **choices: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+        norm = nn.BatchNorm2d(sizes[1])
+        stir(norm)
+        return nn.Conv2d(*sizes, **choices), norm.eval()
+
+    def stack() -> tuple[FrozenHourglass, FrozenBlock, tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        levels = [
+            (block(width, width), block(width, width), block(width, width)) for _ in range(depth)
+        ]
+        hourglass = FrozenHourglass(levels, block(width, width))
+        return hourglass, block(width, width), normalised(width, width, 1)
+
+    return FrozenFan(
+        stem=normalised(3, width // 4, 7, stride=2, padding=3),
+        blocks=[
+            block(width // 4, width // 2),
+            block(width // 2, width // 2),
+            block(width // 2, width),
+        ],
+        stacks=[stack() for _ in range(stacks)],
+        heatmaps=nn.Conv2d(width, 5, 1),
+        feedback=[
+            (draw(width, width, 1, 1, seed=k) / width**0.5, draw(width, seed=k))
+            for k in range(stacks - 1)
+        ],
+        ceiling=ceiling,
+        dtype=torch.float32,
+    )
 
 
 def compare_kernels(device: str) -> list[float]:
-    """Relative errors of results and gradients of every function, the worst last."""
+    """Relative errors of maps and the images' gradients, the worst last."""
     from lmexp.landmarks import fan_triton
 
-    def plainly(function: Function) -> Function:
-        # On a GPU the plain operations are those of a CPU's tensors.
-        def call(*arguments: Any) -> Any:
-            here = [x.cpu() if isinstance(x, Tensor) else x for x in arguments]
-            made = function(*here)
-            if isinstance(made, tuple):
-                return tuple(output.to(device) for output in made)
-            return made.to(device)
-
-        return call
-
-    def to(x: Tensor) -> Tensor:
-        return x.to(device).contiguous(memory_format=torch.channels_last)
-
     errors: list[float] = []
-    for n, channels, side in ((2, 16, 8), (1, 24, 4), (3, 64, 12)):
-        fine = to(draw(n, channels, 2 * side, 2 * side))
-        coarse = to(draw(n, channels, side, side, seed=1))
-        scale, shift = (draw(channels, seed=k).to(device) for k in (2, 3))
-        for ceiling in (math.inf, 0.7):
-            for factor in (scale, None):
-                constants = (factor, shift, ceiling)
-                errors += compare(plainly(rectify), fan_triton.rectify, [coarse], *constants)
-        errors += compare(plainly(halve), fan_triton.halve, [fine])
-        errors += compare(plainly(fork), fan_triton.fork, [fine])
-        errors += compare(plainly(merge), fan_triton.merge, [fine, coarse])
-        errors += compare(plainly(add), fan_triton.add, [coarse, coarse.flip(0)], shift)
-        for inputs in (channels, channels // 2):
-            for ceiling in (math.inf, CEILING):
-                torch.manual_seed(inputs)
-                module = HierarchicalBlock(inputs, channels).eval().requires_grad_(False)
-                stir(module)
-                layers = [
-                    (getattr(module, f"norm{i}"), getattr(module, f"conv{i}")) for i in (1, 2, 3)
-                ]
-                way: Any = module.skip
-                skip = None if isinstance(way, nn.Identity) else (way[0], way[2])
-                lowered = FrozenBlock(layers, skip, ceiling, torch.float32)
-                there = FrozenBlock(layers, skip, ceiling, torch.float32).to(device)
-
-                def fast(x: Tensor, there: FrozenBlock = there) -> Tensor:
-                    around = there.skip
-                    own = None if isinstance(around, nn.Identity) else frozen_fan.read_layer(around)
-                    parts = tuple(map(frozen_fan.read_layer, there.layers))
-                    return fan_triton.block(x, parts, own, there.ceiling)
-
-                x = to(draw(n, inputs, side, side, seed=4))
-                errors += compare(plainly(lowered), fast, [x])
+    for width, stacks, ceiling, n, side in (
+        (16, 1, CEILING, 2, 32),
+        (16, 3, 0.7, 1, 32),
+        (24, 1, math.inf, 1, 48),
+        (48, 2, CEILING, 1, 16),
+        (64, 2, math.inf, 3, 16),
+    ):
+        network = build(width, 2, stacks, ceiling)
+        images = draw(n, 3, side, side)
+        found: list[tuple[Tensor, Tensor]] = []
+        for there, function in (("cpu", FrozenFan.draw), (device, fan_triton.draw)):
+            network.to(there)
+            leaf = images.to(there).requires_grad_()
+            maps = function(network, network.arrange(leaf))
+            assert maps.is_contiguous()
+            outer = draw(*maps.shape, seed=7).to(there)
+            (slope,) = torch.autograd.grad(maps, leaf, outer)
+            found.append((maps.detach().cpu(), slope.cpu()))
+        for wanted, got in zip(*found, strict=True):
+            assert got.shape == wanted.shape and got.dtype == wanted.dtype and wanted.norm() > 0
+            errors.append(float((got - wanted).norm() / wanted.norm()))
+    # Without a gradient nothing is kept, and the same is drawn.
+    same = fan_triton.draw(network, network.arrange(images.to(device)))
+    assert torch.equal(same, maps)
     return sorted(errors)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+@needs_triton
 def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, float]]) -> None:
     count, worst = run_kernels(Path(__file__).name, "cpu")
-    assert count == 81
+    assert count == 10
     assert 0 < worst < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize(("stacks", "forward", "backward"), [(1, 50, 49), (2, 90, 89)])
+def test_kernels_stay_few(
+    stacks: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each costs its waiting, too. A gap between two convolutions has one, whatever lies in it."""
+    from lmexp.landmarks import fan_triton
+
+    launched: list[Any] = []
+    monkeypatch.setattr(
+        fan_triton, "_launch", lambda kernel, grid, **arguments: launched.append(kernel)
+    )
+    # As deep as the embedded and the published networks.
+    network = build(16, 4, stacks, CEILING)
+    maps = fan_triton.draw(network, network.arrange(draw(1, 3, 64, 64).requires_grad_()))
+    assert len(launched) == forward
+    maps.sum().backward()
+    assert len(launched) == forward + backward
+    with pytest.raises(RuntimeError):
+        maps.sum().backward()
+
+
+@needs_triton
+def test_maps_are_freed_as_the_backward_pass_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmexp.landmarks import fan_triton
+
+    monkeypatch.setattr(fan_triton, "_launch", lambda kernel, grid, **arguments: None)
+    network = build(16, 1, 1, CEILING)
+    arranged = network.arrange(draw(1, 3, 16, 16)).requires_grad_()
+    maps: Any = fan_triton.draw(network, arranged)
+    tape = maps.grad_fn.tape
+    # The stem, eight blocks, and what follows the top.
+    assert len(tape) == 10
+    torch.autograd.grad(maps.sum(), arranged, retain_graph=True)
+    assert not tape
+    with pytest.raises(RuntimeError, match="second"):
+        torch.autograd.grad(maps.sum(), arranged)
+
+
+JOINED = ("half", "quarter", "last")
+FIRST = ("first", "first_scale", "first_shift")
+AROUND = ("around", "around_scale", "around_shift")
+BACK = ("back", "back_level", "back_scale")
+BACK_AROUND = ("around", "around_level", "around_scale")
+
+
+def prefix(text: str, *names: str) -> tuple[str, ...]:
+    return tuple(text + name for name in names)
+
+
+@needs_triton
+@pytest.mark.parametrize("channels", [256, 48])
+@pytest.mark.parametrize(
+    ("name", "corners", "given"),
+    [
+        ("_make_kernel", 1, ("x", *FIRST)),
+        ("_make_kernel", 1, ("x", "shift", "whole", *FIRST, *AROUND)),
+        ("_make_kernel", 1, ("x", *JOINED, *FIRST, *AROUND)),
+        (
+            "_make_kernel",
+            4,
+            ("x", *JOINED, *prefix("halved_", *FIRST, *AROUND)),
+        ),
+        (
+            "_make_kernel",
+            4,
+            ("x", "more", "shift", "whole", *FIRST, "halved", *prefix("halved_", *FIRST)),
+        ),
+        (
+            "_make_kernel",
+            4,
+            ("x", *JOINED, *prefix("coarse_", "x", *JOINED), "whole", *FIRST),
+        ),
+        ("_collect_kernel", 1, ("base", "whole")),
+        ("_collect_kernel", 1, ("base", *BACK, "whole", "tail")),
+        ("_collect_kernel", 1, (*BACK, *BACK_AROUND, "through", "whole")),
+        ("_collect_kernel", 4, (*prefix("coarse_", "base", *BACK), "whole", "tail")),
+        (
+            "_collect_kernel",
+            4,
+            ("base", *BACK, *prefix("coarse_", "base", *BACK), "more", "whole", "tail"),
+        ),
+        ("_collect_kernel", 4, ("base", *BACK, "whole", "tail", "halved", "halved_tail")),
+        ("_draw_kernel", 1, ("x", "bias", "maps")),
+    ],
+)
+def test_kernels_compile_for_a_gpu(
+    name: str, corners: int, given: tuple[str, ...], channels: int
+) -> None:
+    # The interpreter takes what the compiler refuses, such as a variable of two types in a loop.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lmexp.landmarks import fan_triton
+
+    kernel = getattr(fan_triton, name)
+    sizes = {"C": channels, "BASE_C": channels, "FIRST": 0, "CORNERS": corners, "BLOCK": 512}
+    sizes |= {"CLAMPED": "shift" in given, "BOUNDED": True}
+    sizes |= {"K": 68, "PLACES": 32, "CHANNELS": 128}
+    numbers = {"width": "i32", "places": "i32", "ceiling": "fp32"}
+    absent = set(kernel.arg_names) - {*sizes, *numbers, *given}
+    constants = {key: sizes.get(key) for key in kernel.arg_names if key in {*sizes, *absent}}
+    types = {
+        key: "constexpr"
+        if key in constants
+        else numbers.get(key)
+        or ("*fp32" if key.endswith(("scale", "shift", "bias", "maps")) else "*bf16")
+        for key in kernel.arg_names
+    }
+    made = triton.compile(
+        ASTSource(kernel, signature=types, constexprs=constants),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": 4},
+    )
+    assert made.asm["cubin"]
 
 
 if __name__ == "__main__":
     torch.backends.cudnn.allow_tf32 = False
+    if sys.argv[1] == "cpu":
+        from lmexp.landmarks import fan_triton
+
+        # Several programs a row, though the networks are small.
+        fan_triton.QUAD_BLOCK = 128
     found = compare_kernels(sys.argv[1])
     print(len(found), found[-1])

@@ -31,51 +31,27 @@ def rectify(x: Tensor, scale: Tensor | None, shift: Tensor, ceiling: float) -> T
     Returns:
         the same shape and type as x.
     """
-    if x.is_cuda:
-        made: Tensor = _kernels().rectify(x, scale, shift, ceiling)
-        return made
     y = (x if scale is None else x * scale[:, None, None]) + shift[:, None, None]
     return (F.relu(y) if ceiling == math.inf else y.clamp(0.0, ceiling)).to(x.dtype)
 
 
 def add(x: Tensor, y: Tensor, shift: Tensor) -> Tensor:
     """x + y + shift, in float32, rounded once: [N, C, h, w] twice and [C], float32."""
-    if x.is_cuda:
-        made: Tensor = _kernels().add(x, y, shift)
-        return made
     return (x.float() + y + shift[:, None, None]).to(x.dtype)
 
 
 def halve(x: Tensor) -> Tensor:
     """[N, C, h, w] averaged over 2×2 places."""
-    return _kernels().halve(x) if x.is_cuda else F.avg_pool2d(x, 2)
-
-
-def fork(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x, and x averaged over 2×2 places."""
-    if x.is_cuda:
-        same, halved = _kernels().fork(x)
-        return same, halved
-    return x, F.avg_pool2d(x, 2)
+    return F.avg_pool2d(x, 2)
 
 
 def merge(fine: Tensor, coarse: Tensor) -> Tensor:
     """[N, C, 2h, 2w] plus [N, C, h, w], each of whose values counts for four places."""
-    if fine.is_cuda:
-        merged: Tensor = _kernels().merge(fine, coarse)
-        return merged
     n, width, height, side = coarse.shape
     # By index alone, which a compiler fuses.
     spread = coarse[:, :, :, None, :, None].expand(n, width, height, 2, side, 2)
     summed: Tensor = fine + spread.reshape(n, width, 2 * height, 2 * side)
     return summed
-
-
-def _kernels() -> Any:
-    # Triton comes with PyTorch's CUDA builds alone.
-    from lmexp.landmarks import fan_triton
-
-    return fan_triton
 
 
 class FoldedNorm(nn.Module):
@@ -161,27 +137,24 @@ class FrozenBlock(nn.Module):
             return nn.Sequential(FoldedNorm(norm, ceiling), lowered)
 
         self.layers = nn.ModuleList(lower(*layer) for layer in layers)
-        self.skip = nn.Identity() if skip is None else lower(*skip)
+        self.skip: Any = nn.Identity() if skip is None else lower(*skip)
         self.ceiling = ceiling
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, h, w] → [N, outputs, h, w]."""
-        if x.is_cuda:
-            skip = None if isinstance(self.skip, nn.Identity) else read_layer(self.skip)
-            layers = tuple(map(read_layer, self.layers))
-            made: Tensor = _kernels().block(x, layers, skip, self.ceiling)
-            return made
         outputs: list[Tensor] = []
         for layer in self.layers:
             outputs.append(layer(outputs[-1] if outputs else x))
         around: Tensor = self.skip(x)
         return torch.cat(outputs, dim=1) + around
 
-
-def read_layer(layer: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """What `fan_triton.block` wants of a normalisation and its convolution."""
-    norm, conv = layer
-    return norm.scale, norm.shift, conv.weight, conv.padding
+    @property
+    def norm_around(self) -> FoldedNorm | None:
+        """The normalisation of the way around the layers; None: that is the identity."""
+        if isinstance(self.skip, nn.Identity):
+            return None
+        norm: FoldedNorm = self.skip[0]
+        return norm
 
 
 class FrozenHourglass(nn.Module):
@@ -202,8 +175,12 @@ class FrozenHourglass(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, width, h, w] → the same."""
-        x, halved = fork(x)
-        return merge(self.across(x), self.up(self.inner(self.down(halved))))
+        return merge(self.across(x), self.up(self.inner(self.down(halve(x)))))
+
+    @property
+    def is_innermost(self) -> bool:
+        """Whether what is inside is the block at the coarsest resolution."""
+        return isinstance(self.inner, FrozenBlock)
 
 
 class FrozenFan(nn.Module):
@@ -247,6 +224,7 @@ class FrozenFan(nn.Module):
         self.feedback = nn.ModuleList(LoweredConv(weight, None, dtype) for weight, _ in feedback)
         self.shifts = nn.ParameterList(bias.float() for _, bias in feedback)
         self.heatmaps = LoweredConv(heatmaps.weight, heatmaps.bias, dtype)
+        self.ceiling = ceiling
         self.requires_grad_(False).eval()
 
     @classmethod
@@ -336,6 +314,11 @@ class FrozenFan(nn.Module):
 
     def draw(self, arranged: Tensor) -> Tensor:
         """The heat maps of images that are arranged."""
+        if arranged.is_cuda:
+            # Triton comes with PyTorch's CUDA builds alone.
+            from lmexp.landmarks import fan_triton
+
+            return fan_triton.draw(self, arranged)
         first, second, third = self.blocks
         x = third(second(halve(first(self.stem(arranged)))))
         for index, hourglass in enumerate(self.hourglasses):
