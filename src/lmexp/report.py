@@ -92,7 +92,8 @@ def _tell(outcome: Outcome) -> str:
         where = f"\nWhat was saved is in {folder}" if folder and folder.exists() else ""
         return f"Failed: {outcome.reason}{where}"
     if outcome.state == "interrupted":
-        return f"Stopped: {outcome.reason}\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
+        stopped = f"{outcome.reason[:1].upper()}{outcome.reason[1:]}"
+        return f"{stopped}.\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
     assert folder is not None and outcome.summary is not None
     mouth, everything = _errors(outcome)
     before = ""

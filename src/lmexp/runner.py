@@ -145,7 +145,7 @@ class _Session:
         """Project jobs together; if that fails, in two halves, so the fault stays with its job."""
         if self.stop.requested:
             for index, job in members:
-                reason = "not started: stopped before its turn"
+                reason = "stopped before its turn"
                 self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
             return
         fault: Exception | str

@@ -67,7 +67,9 @@ def test_a_failed_and_a_stopped_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     print_outcomes([outcome("failed", folder=tmp_path / "none", reason="no face")])
     assert capsys.readouterr().out == "Failed: no face\n"
     print_outcomes([outcome("interrupted", folder=tmp_path, reason="stopped after step 3")])
-    assert "run the same command again" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "Stopped after step 3.\nTo go on, run the same command again.\n"
+    )
 
 
 def test_a_sweep_is_a_table_with_every_reason(
