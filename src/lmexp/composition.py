@@ -11,8 +11,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
+from omegaconf.errors import InterpolationKeyError
 
-from lmexp.config import suggest
+from lmexp.config import explain_interpolation, suggest
 from lmexp.errors import LmexpError
 
 
@@ -57,18 +58,41 @@ def _quote(word: str, several: bool) -> str:
     read = OverridesParser.create()
     try:
         override = read.parse_override(word)
-        # Of several values and one file of that very name, the file is meant.
-        if not override.is_sweep_override() or not Path(value).expanduser().exists():
-            return word
+        # Of several values and one file of that very name, the file is meant, and so it is of a
+        # reference (${key}) and a file.
+        if not (override.is_sweep_override() or "${" in value) or not _is_file(value):
+            return f"{key}={_quote_files(value)}" if override.is_sweep_override() else word
     except HydraException:
         if several and "," in value:
             return word  # values of a sweep, of which Hydra names the wrong one
-    quoted = '{}="{}"'.format(key, value.replace('"', '\\"'))
+    quoted = f"{key}={_as_text(value)}"
     try:
         read.parse_override(quoted)
     except HydraException:
         return word
     return quoted
+
+
+def _quote_files(values: str) -> str:
+    """A sweep's values, those in quotes that are files with a ${ in their names."""
+    return ",".join(
+        _as_text(value) if "${" in value and _is_file(value) else value
+        for value in values.split(",")
+    )
+
+
+def _as_text(value: str) -> str:
+    """A value in quotes; a ${ in it refers to a key unless it is a file's."""
+    if _is_file(value):
+        value = value.replace("${", r"\${")
+    return '"{}"'.format(value.replace('"', '\\"'))
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a name; nobody's home
+        return False
 
 
 def explain(error: Exception) -> str:
@@ -83,6 +107,8 @@ def explain(error: Exception) -> str:
             f"{key}: {value} cannot be read; quote a list, 'KEY=[a,b]', a mapping, 'KEY={{a: 1}}', "
             "or what is neither, 'KEY=\"…\"'"
         )
+    if isinstance(error, InterpolationKeyError):
+        return explain_interpolation(error)
     if match := re.search(r"Ambiguous value for argument '([^=']+)=([^']*)'", text):
         key, values = match.groups()
         return (

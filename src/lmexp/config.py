@@ -18,7 +18,7 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -331,7 +331,7 @@ def validate(composed: DictConfig) -> Experiment:
         container = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
-        raise LmexpError(f"{key}{str(error).splitlines()[0]}") from error
+        raise LmexpError(f"{key}{explain_interpolation(error)}") from error
     assert isinstance(container, dict)
     plain = {str(key): value for key, value in container.items()}
     try:
@@ -340,6 +340,14 @@ def validate(composed: DictConfig) -> Experiment:
         raise LmexpError(_explain(error, plain)) from error
     except (TypeError, ValueError) as error:
         raise LmexpError(f"config: {error}") from error
+
+
+def explain_interpolation(error: OmegaConfBaseException) -> str:
+    """One line for a ${key} that cannot be resolved, without the key that holds it."""
+    line = str(error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError):
+        line += "; in a file's name ${ is taken as it stands, if there is that file"
+    return line
 
 
 @cache

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from lmexp.config import Component, Hardware
 from lmexp.errors import LmexpError
+from lmexp.figures.runs import read_sweep
 from lmexp.generators.protocol import Generator
 from lmexp.losses.mask import Region, keep_mask
 from lmexp.recording.atomic_file import write_atomically
@@ -238,7 +240,10 @@ def _caption(picture: Picture, text: str) -> Picture:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the pictures and the video and print their paths; 0, or 2 with one line of reason."""
+    """Write the pictures and the video and print their paths; 0, or 2 with one line of reason.
+
+    Of a sweep's folder it names the jobs that are finished.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m lmexp.dial",
         description="A finished run's expression at any strength: 0 the look inverted, 1 the run's "
@@ -254,6 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
+        if (chosen.folder / "index.json").is_file():
+            jobs = read_sweep(chosen.folder).runs
+            said = f"lmexp: {chosen.folder}: a sweep; the dial needs one of its finished jobs:"
+            lines = [f"  {shlex.quote(str(job.folder.path))}  {job.label}" for job in jobs]
+            print("\n".join([said, *lines]), file=sys.stderr)
+            return 2
         written = turn(
             chosen.folder,
             strengths=chosen.strengths,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,18 +35,7 @@ def print_outcomes(
     if len(outcomes) == 1 and sweep_folder is None:
         console.print(_tell(outcomes[0]), markup=False)
         return
-    table = Table(title=f"{len(outcomes)} jobs", title_justify="left")
-    for column in ("job", "state", "mouth NME", "all NME", "where"):
-        table.add_column(column, overflow="fold")
-    for outcome in outcomes:
-        table.add_row(
-            # As they are: rich would take loss=[lpips] for a style.
-            Text(" ".join(outcome.request.overrides) or "–"),
-            Text(outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
-            *_errors(outcome),
-            Text(outcome.folder.name if outcome.folder else "–"),
-        )
-    console.print(table)
+    _print_jobs(console, outcomes)
     counts = {
         state: sum(o.state == state for o in outcomes)
         for state in ("finished", "skipped", "failed", "interrupted")
@@ -60,6 +51,70 @@ def print_outcomes(
         )
         if command:
             console.print(f"  {command}", markup=False)
+
+
+def _print_jobs(console: Console, outcomes: Sequence[Outcome]) -> None:
+    """A row a job; where the terminal is too narrow for the words, a paragraph a job."""
+    heads = ("job", "state", "mouth NME", "all NME", "where")
+    rows = [
+        (
+            " ".join(outcome.request.overrides) or "–",
+            outcome.state + (f": {outcome.reason}" if outcome.reason else ""),
+            *_errors(outcome),
+            outcome.folder.name if outcome.folder else "–",
+        )
+        for outcome in outcomes
+    ]
+    title = f"{len(rows)} jobs"
+    widths = _share_out(console.width - 3 * len(heads) - 1, heads, rows)
+    if widths is None:
+        console.print(title)
+        for number, (job, state, mouth, everything, where) in enumerate(rows, 1):
+            if everything != "–":
+                state += f", mouth NME {mouth}, all NME {everything}"
+            texts = [text for text in (job, state, where) if text != "–"]
+            _print_paragraph(console, f"{number:>{len(str(len(rows)))}}  ", texts)
+        return
+    table = Table(title=title, title_justify="left")
+    for head, width in zip(heads, widths, strict=True):
+        table.add_column(head, width=width)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as they are: rich would take loss=[lpips] for a style
+    console.print(table)
+
+
+def _share_out(room: int, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int] | None:
+    """Widths of a table's columns that break no word and no number; None: there is no room."""
+    columns = list(zip(heads, *rows, strict=True))
+    most = [max(map(cell_len, column)) for column in columns]
+    widths = [
+        max(
+            cell_len(word)
+            for cell in column
+            for word in ([cell] if cell.endswith(" %") else cell.split(" "))
+        )
+        for column in columns
+    ]
+    if sum(widths) > room:
+        return None
+    # What lacks least gets it first: a long reason is left what the others do not need.
+    for k in sorted(range(len(columns)), key=lambda k: most[k] - widths[k]):
+        widths[k] = min(most[k], widths[k] + room - sum(widths))
+    return widths
+
+
+def _print_paragraph(console: Console, first: str, texts: Sequence[str]) -> None:
+    indents = [first, *[" " * len(first)] * (len(texts) - 1)]
+    for indent, text in zip(indents, texts, strict=True):
+        lines = wrap(
+            text,
+            console.width,
+            initial_indent=indent,
+            subsequent_indent=" " * len(first),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        console.print("\n".join(lines), markup=False)
 
 
 def _errors(outcome: Outcome) -> tuple[str, str]:
@@ -92,7 +147,8 @@ def _tell(outcome: Outcome) -> str:
         where = f"\nWhat was saved is in {folder}" if folder and folder.exists() else ""
         return f"Failed: {outcome.reason}{where}"
     if outcome.state == "interrupted":
-        return f"Stopped: {outcome.reason}\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
+        stopped = f"{outcome.reason[:1].upper()}{outcome.reason[1:]}"
+        return f"{stopped}.\nTo go on, {COMMAND_TO_GO_ON.removesuffix(' to go on')}."
     assert folder is not None and outcome.summary is not None
     mouth, everything = _errors(outcome)
     before = ""

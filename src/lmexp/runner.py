@@ -33,7 +33,7 @@ from lmexp.landmarks.decoding import decode
 from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import Latents, expand, mark_moving, start_at_mean, truncate
 from lmexp.losses.objective import Objective
-from lmexp.losses.protocol import Context, Targets
+from lmexp.losses.protocol import CheckedTerm, Context, Targets, Term
 from lmexp.metrics.nme import nme
 from lmexp.metrics.protocol import Exhibits
 from lmexp.metrics.report import report_scores
@@ -145,13 +145,16 @@ class _Session:
         """Project jobs together; if that fails, in two halves, so the fault stays with its job."""
         if self.stop.requested:
             for index, job in members:
-                reason = "not started: stopped before its turn"
+                reason = "stopped before its turn"
                 self.settle(index, Outcome(job.request, "interrupted", job.folder, reason))
             return
         fault: Exception | str
         try:
-            context = self.bench.context(members[0][1].config)
-            ready = list(self._align(members, context))
+            able = self._check(members)
+            if not able:
+                return
+            context = self.bench.context(able[0][1].config)
+            ready = list(self._align(able, context))
             for portion in self._portions(ready):
                 self._project(portion, context)
             return
@@ -207,6 +210,25 @@ class _Session:
         except LmexpError as error:  # the reason is still told, though not in the folder
             log.warning("%s", error)
         self.settle(index, Outcome(job.request, "failed", job.folder, reason))
+
+    def _check(self, members: Sequence[tuple[int, Job]]) -> list[tuple[int, Job]]:
+        """The jobs whose terms have all they need; the others fail before anything is computed."""
+        generator = self.bench.module(members[0][1].config.generator)
+        # The very one that `bind` will get: a term may keep what it loads for it.
+        generator = self.bench.acceleration.network(generator)
+        able: list[tuple[int, Job]] = []
+        for index, job in members:
+            try:
+                for term in self._used_terms(job.config).values():
+                    if isinstance(term, CheckedTerm):
+                        term.check(generator)
+            except DiskFullError:  # no fault of this job's
+                raise
+            except LmexpError as error:
+                self._fail(index, job, error)
+                continue
+            able.append((index, job))
+        return able
 
     def _align(
         self, members: Sequence[tuple[int, Job]], context: Context
@@ -405,13 +427,17 @@ class _Session:
             )
             self.settle(index, Outcome(job.request, "finished", job.folder, summary=summary))
 
-    def _term_weights(self, config: Experiment) -> dict[str, str]:
-        """Digests of the networks that loss terms in use have loaded."""
-        used = {
+    def _used_terms(self, config: Experiment) -> dict[str, Term]:
+        """Those of a weight that is not 0."""
+        return {
             name: term
             for name, term in self.bench.terms(config).items()
             if config.loss[name].keywords.get("weight", term.weight) > 0
         }
+
+    def _term_weights(self, config: Experiment) -> dict[str, str]:
+        """Digests of the networks that loss terms in use have loaded."""
+        used = self._used_terms(config)
         found = {name: getattr(term, "weights_sha256", None) for name, term in used.items()}
         return {f"loss.{name}": sha256 for name, sha256 in found.items() if sha256}
 

@@ -117,6 +117,8 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["optimizer.learning_rate=inf"], ["optimizer.learning_rate", "finite"]),
         (["seed=-1", "optimizer.steps=0"], ["optimizer.steps", "(and 1 more)"]),
         (["seed=${nothing}"], ["nothing"]),
+        (["inputs.look=a${b}.jpg"], ["inputs.look: ", "'b' not found", "if there is that file"]),
+        (["-m", "inputs.look=a${b}.jpg,c.jpg"], ["'b' not found", "if there is that file"]),
         (["loss=[landmarks]"], ["latent.start", "lpips", "latent.start=mean"]),
         (["seed=-1"], ["seed", "greater than or equal to 0"]),
         (["+optimizer.steps=3"], ["optimizer.steps", "without the +"]),

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,21 @@ def command(guide: str) -> list[str]:
     (line,) = re.findall(
         r"^    PYTHONPATH=\. python -m lmexp (.*)$", (PROJECT / guide).read_text(), re.M
     )
-    return str(line).split()
+    return shlex.split(line)
+
+
+def test_commands_have_their_brackets_in_quotes() -> None:
+    """zsh takes them for a pattern of file names, and stops."""
+    pages = [*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")]
+    commands = [
+        line
+        for page in pages
+        for line in page.read_text().splitlines()
+        if re.match(r" {4,}.*python3? ", line)
+    ]
+    assert len(commands) > 40
+    unquoted = [re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", line) for line in commands]
+    assert [line for line in unquoted if re.search(r"=[[{]", line)] == []
 
 
 @pytest.mark.parametrize("guide", GUIDES)

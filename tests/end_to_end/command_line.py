@@ -49,6 +49,7 @@ class CommandLine:
 
     def __call__(self, *words: str) -> Answer:
         self._monkeypatch.setattr(sys, "argv", ["lmexp", *words])
+        self._monkeypatch.setenv("COLUMNS", "1000")  # so that no line of a table folds
         self._capsys.readouterr()
         try:
             cli.main()

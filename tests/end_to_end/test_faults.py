@@ -60,12 +60,6 @@ def states(lmexp: CommandLine) -> list[str]:
     return [job["state"] for job in read_index(lmexp.sweep_folder())["jobs"]]
 
 
-def state_column(table: str) -> str:
-    """A sweep's states and reasons without blanks: the length of a path decides where they fold."""
-    rows = [line.split("│") for line in table.splitlines() if line.startswith("│")]
-    return "".join(row[2] for row in rows).replace(" ", "")
-
-
 def test_twice_the_device_twice_the_workers_and_a_death_costs_one_job_at_most(
     lmexp: CommandLine,
 ) -> None:
@@ -135,7 +129,7 @@ def test_an_error_that_nobody_foresaw_fails_one_job_of_its_batch(lmexp: CommandL
     again = lmexp(*words, deadly("odd", seed=2, error=True))
     assert again.code == 1 and states(lmexp) == ["skipped", "failed", "skipped"]
     assert "2 skipped, 1 failed" in again.out
-    assert "anerroroflmexp'sown" in state_column(again.out)
+    assert "an error of lmexp's own" in again.out
     reasons = [job["reason"] for job in read_index(lmexp.sweep_folder())["jobs"]]
     assert reasons[0] == reasons[2] == "an earlier run finished it"
 
@@ -158,7 +152,7 @@ def test_a_full_disk_ends_the_sweep_with_its_table_and_the_same_command_goes_on(
     full = lmexp(*words)
     monkeypatch.setattr(atomic_file.os, "fsync", original)
     assert full.code == 1
-    assert "nospaceleftonthedisk" in state_column(full.out)
+    assert "no space left on the disk" in full.out
     assert "un the same command again" in full.out
     assert lmexp(*words).code == 0
     assert set(states(lmexp)) <= {"finished", "skipped"}

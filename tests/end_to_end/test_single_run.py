@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import TINY, CommandLine, assert_same_result, environment
+from command_line import TINY, CommandLine, assert_same_result, environment, read_index
 from PIL import Image
 
 from lmexp.landmarks.groups import GROUPS
@@ -105,6 +105,17 @@ def test_a_path_needs_no_quotes_of_hydras(lmexp: CommandLine) -> None:
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(name)
     answer = lmexp(*TINY, "inputs=photos", f"inputs.look={name}", f"inputs.expression={name}")
     assert answer.code == 1 and "no face" in answer.out and name in answer.out
+
+
+def test_a_dollar_in_a_name_refers_to_no_key(lmexp: CommandLine) -> None:
+    name = "a${b}.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(name)
+    answer = lmexp(*TINY, f"inputs.look={name}", "inputs.expression=${inputs.look}")
+    assert answer.code == 1 and "no face" in answer.out and name in answer.out
+    answer = lmexp(*TINY, "-m", f"inputs.look={name},missing.png")
+    jobs = read_index(lmexp.sweep_folder())["jobs"]
+    assert jobs[0]["overrides"] == {"inputs.look": name} and "no face" in jobs[0]["reason"]
+    assert "no file 'missing.png'" in jobs[1]["reason"]
 
 
 def test_only_what_the_result_depends_on_names_the_run(lmexp: CommandLine) -> None:

@@ -11,6 +11,7 @@ import pytest
 from command_line import TINY, CommandLine, latents, read_index
 from PIL import Image
 
+from lmexp.generators.stylegan2 import StyleGAN2Random
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
 
@@ -101,6 +102,47 @@ def test_a_fault_of_one_batch_leaves_the_other_batches_alone(lmexp: CommandLine)
     jobs = read_index(lmexp.sweep_folder())["jobs"]
     assert [job["state"] for job in jobs] == ["failed", "finished"]
     assert "too small" in jobs[0]["reason"]
+
+
+def test_a_term_that_lacks_something_is_refused_before_anything_is_computed(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*(word for word in QUICK if not word.startswith("loss=")), "figure=[]"]
+
+    def measure(*_: object) -> None:
+        raise AssertionError("computed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lmexp.workbench.measure", measure)
+        for term, said in (
+            ("smoothness", "loss.smoothness.previous: missing; give"),
+            ("discriminator", "loss.discriminator: TinyRandom comes without a discriminator; give"),
+        ):
+            answer = lmexp(*words, f"loss=[landmarks,prior,noise,{term}]")
+            assert answer.code == 1 and answer.out.startswith(f"Failed: {said}"), answer
+
+    words += ["loss=[landmarks,prior,noise,smoothness]", "hardware.batch_size=2"]
+    answer = lmexp(*words, "-m", "loss.smoothness.weight=0.1,0")
+    assert answer.code == 1 and "together" not in answer.err and "jobs 1–2" not in answer.err
+    jobs = read_index(lmexp.sweep_folder())["jobs"]
+    assert [job["state"] for job in jobs] == ["failed", "finished"]
+    assert jobs[0]["reason"].startswith("loss.smoothness.previous: missing; give")
+
+
+def test_a_discriminator_is_read_once_a_sweep(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = []
+    make = StyleGAN2Random.discriminator
+    monkeypatch.setattr(
+        StyleGAN2Random, "discriminator", lambda self: (reads.append(self), make(self))[1]
+    )
+    words = ["experiment=debug", "generator=stylegan2_random", "generator.resolution=32"]
+    words += ["generator.channel_max=8", "generator.latent_dim=16", "latent.start=mean"]
+    words += ["loss=[landmarks,prior,noise,discriminator]", "figure=[]", "hardware.threads=1"]
+    words += ["optimizer.steps=1", "recording.video_frames=0", "hardware.precision=bfloat16"]
+    answer = lmexp(*words, "-m", "seed=1,2")  # two batches, of the generator's copy for the steps
+    assert answer.code == 0 and len(reads) == 1, answer
 
 
 def test_the_same_job_twice_runs_once(lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from recorded_runs import face_landmarks, record_run
+from recorded_runs import face_landmarks, record_run, write_index
 
 from lmexp.dial import Dial, Ends, main, turn
 from lmexp.errors import LmexpError
@@ -155,3 +155,25 @@ def test_runs_without_two_ends_are_refused(
         assert main([str(folder)]) == 2
         said = capsys.readouterr().err
         assert reason in said and said.count("\n") == 1
+
+
+def test_of_a_sweep_its_finished_jobs_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, steps in (("a b", None), ("c", None), ("half", 1)):
+        record_run(tmp_path / name, stop_after=steps, video_frames=0)
+    jobs = [
+        {"folder": name, "label": f"seed={k}", "overrides": {"seed": k}}
+        for k, name in enumerate(("a b", "c", "half"))
+    ]
+    write_index(tmp_path, jobs)
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"lmexp: {tmp_path}: a sweep; the dial needs one of its finished jobs:",
+        f"  '{tmp_path}/a b'  seed=0",
+        f"  {tmp_path}/c  seed=1",
+    ]
+    write_index(tmp_path, jobs[2:])
+    assert main([str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no finished run" in said and said.count("\n") == 1

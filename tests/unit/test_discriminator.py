@@ -139,6 +139,7 @@ def test_is_read_once_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StyleGAN2Random, "discriminator", count)
     term = DiscriminatorLoss()
     assert term.weights_sha256 is None
+    term.check(one)
     bind(term, one)
     bind(term, one)
     first = term.weights_sha256

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -324,6 +325,19 @@ def test_a_group_that_one_run_did_not_measure_is_a_dash(tmp_path: Path) -> None:
 def test_a_single_run_makes_the_figures_that_say_something(weights: Path) -> None:
     names = {path.stem for path in make_all(weights / "000")}
     assert names == {"triptych", "loss_curves", "nme_table"}
+
+
+def test_a_sweep_misses_the_figure_that_it_is_named_after(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, logger="lmexp.figures")  # as for a sweep
+    record_run(tmp_path / "run", video_frames=0)
+    job = {"folder": "run", "label": "run", "overrides": {"loss.prior.weight": 1}}
+    for name in ("weights", "pareto"):
+        write_index(tmp_path, [job], name=name)
+        make_all(tmp_path)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "lmexp.figures")
+    assert said.startswith("pareto: not made: it needs three runs with scores")
 
 
 def test_unfinished_runs_are_named_and_left_out(

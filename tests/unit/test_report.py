@@ -67,7 +67,34 @@ def test_a_failed_and_a_stopped_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     print_outcomes([outcome("failed", folder=tmp_path / "none", reason="no face")])
     assert capsys.readouterr().out == "Failed: no face\n"
     print_outcomes([outcome("interrupted", folder=tmp_path, reason="stopped after step 3")])
-    assert "run the same command again" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "Stopped after step 3.\nTo go on, run the same command again.\n"
+    )
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 140])
+def test_no_word_of_a_sweep_is_broken_however_narrow_the_terminal(
+    columns: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    weights = ("loss.lpips.weight=32", "loss.landmarks.weight=0.1", "loss.prior.weight=0.3")
+    folder = tmp_path / "generated1+generated2-1fe150a17e75"
+    reason = "inputs.look: no file 'nobody.jpg' (looked from here); give one that there is"
+    outcomes = [
+        outcome("finished", *weights, folder=folder, summary=summary()),
+        outcome("failed", "inputs.look=nobody.jpg", reason=reason),
+    ]
+    print_outcomes(outcomes, tmp_path)
+    out = capsys.readouterr().out
+    words = [*weights, *reason.split(" "), folder.name, "inputs.look=nobody.jpg", "finished"]
+    for word in (*words, "2.00 %", "3.00 %", "mouth", "failed:"):
+        assert word in out, word
+    lines = out.split("Everything is in")[0].splitlines()
+    assert all(len(line) <= columns for line in lines)
+    assert ("│" in out) == (columns > 80)
 
 
 def test_a_sweep_is_a_table_with_every_reason(

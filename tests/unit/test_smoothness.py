@@ -85,6 +85,8 @@ def test_latents_of_another_generator_are_refused(tmp_path: Path, shape: tuple[i
     with pytest.raises(LmexpError, match="give a run of the same generator") as caught:
         bind(path)
     assert "\n" not in str(caught.value)
+    with pytest.raises(LmexpError, match="give a run of the same generator"):
+        LatentSmoothness(previous=str(path)).check(GENERATOR)
 
 
 def write_faulty(folder: Path, kind: str) -> Path:

@@ -306,20 +306,24 @@ def test_registry_is_complete() -> None:
 def test_command_line(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     world.register(make_wheel(world.index))
     assert command_line.main(["verify", "toy"]) == 1
-    assert "toy: absent" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "toy: absent, nothing to verify\n0 verified, 1 absent, 0 damaged\n"
+    )
     # Weights that were never wanted are no fault.
     assert command_line.main(["verify"]) == 0
     assert command_line.main(["fetch"]) == 0
     fetched = capsys.readouterr()
     assert "toy: ready" in fetched.out and "fetching toy-weights 1.0" in fetched.err
     assert command_line.main(["verify", "toy"]) == 0
+    assert capsys.readouterr().out == "toy: verified\n1 verified, 0 absent, 0 damaged\n"
     assert command_line.main(["list"]) == 0
     listed = capsys.readouterr().out
     assert "toy" in listed and "MIT" in listed and "ready" in listed
     (path,) = world.cache.glob("*.safetensors")
     path.write_bytes(b"")
     assert command_line.main(["verify"]) == 1
-    assert "damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "damaged (" in said and said.endswith(" 1 damaged\n")
     assert command_line.main(["list"]) == 0
     assert "damaged" in capsys.readouterr().out
 
@@ -328,6 +332,18 @@ def test_command_line_seals(packaged: Packaged, capsys: pytest.CaptureFixture[st
     save_file({"values": torch.from_numpy(VALUES)}, packaged.path)
     assert command_line.main(["seal"]) == 0
     assert capsys.readouterr().out.startswith("own: ")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("seal", "digests.json"), ("verify", "fetches nothing"), ("fetch", "absent")],
+)
+def test_each_command_says_what_it_does(
+    command: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main([command, "--help"])
+    assert said in " ".join(capsys.readouterr().out.split())
 
 
 def test_command_line_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def make_all(
     """Make the figures of a run's or a sweep's folder, in its own `figures` folder.
 
     Unfinished runs are left out, and a figure that says nothing about these runs is
-    skipped; a line in the log says so.
+    skipped; a line in the log says so, a warning if the sweep has the figure's name.
 
     Args:
         folder: a run's folder, or a sweep's with its index.json.
@@ -69,7 +69,9 @@ def make_all(
             if reason and only is not None:
                 raise LmexpError(f"{name}: cannot be made of {folder}: {reason}")
             if reason:
-                _log.info("%s: not made: %s", name, reason)
+                # A sweep that is named after a figure was run for it.
+                level = logging.WARNING if name == sweep.name else logging.INFO
+                _log.log(level, "%s: not made: %s", name, reason)
                 continue
             with paper_style(built.font_size):
                 for stem, figure in built.draw(sweep):

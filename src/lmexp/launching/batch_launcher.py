@@ -119,4 +119,7 @@ def _varied(overrides: Sequence[str], config: DictConfig) -> list[str]:
     fixed = set(config.hydra.overrides.task)
     varied = [item for item in filter_overrides(overrides) if item not in fixed] or list(overrides)
     parsed = OverridesParser.create().parse_overrides(varied)
-    return [f"{override.get_key_element().lstrip('+')}={override.value()}" for override in parsed]
+    return [
+        f"{override.get_key_element().lstrip('+')}={override.value()}".replace(r"\${", "${")
+        for override in parsed
+    ]

@@ -45,7 +45,7 @@ def find_devices(hardware: Hardware) -> list[Device]:
         if not count:
             raise LmexpError(
                 "hardware.devices: all, but torch sees no CUDA GPU here; use hardware=cpu, or "
-                "name devices, such as hardware.devices=[cpu,cpu]"
+                "name devices, such as 'hardware.devices=[cpu,cpu]'"
             )
         names = [f"cuda:{i}" for i in range(count)]
     else:

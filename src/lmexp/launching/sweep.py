@@ -63,7 +63,9 @@ def run_jobs(
     for place in range(len(requests)):
         if place not in outcomes and place not in made.twins:
             if stop.requested:
-                settle(place, Outcome(requests[place], "interrupted", reason="stopped"))
+                settle(
+                    place, Outcome(requests[place], "interrupted", reason="stopped before its end")
+                )
             else:
                 reason = full or "the engine lost it"
                 settle(place, Outcome(requests[place], "failed", reason=reason))

@@ -41,8 +41,8 @@ class DiscriminatorLoss:
             null: the one that came with the generator's own weights.
 
     Raises:
-        LmexpError: when bound, if there is no discriminator, or it reads images of another
-            side than the generator's.
+        LmexpError: when checked or bound, if there is no discriminator, or it reads images of
+            another side than the generator's.
 
     Source: Goodfellow et al., arXiv 1406.2661; Karras et al., arXiv 1912.04958.
     """
@@ -62,6 +62,10 @@ class DiscriminatorLoss:
     def weights_sha256(self) -> str | None:
         """Digest of the network that was last bound, for the run's summary."""
         return self._loaded[2] if self._loaded else None
+
+    def check(self, generator: Generator) -> None:
+        """Refuse what `bind` would, before anything is computed."""
+        self._load(generator)
 
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
         network = self._load(context.generator).to(targets.look.device)

@@ -164,3 +164,16 @@ class Term(Protocol):
             value per job; value k depends on row k alone.
         """
         ...
+
+
+@runtime_checkable
+class CheckedTerm(Protocol):
+    """A term that can tell, before anything is computed, that `bind` would refuse."""
+
+    def check(self, generator: Generator) -> None:
+        """Find out whether the term has all it needs; called only if its weight is not 0.
+
+        Raises:
+            LmexpError: it has not.
+        """
+        ...

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lmexp.errors import LmexpError
+from lmexp.generators.protocol import Generator
 from lmexp.losses.fidelity import latent_distance
 from lmexp.losses.protocol import BoundTerm, Context, Targets
 
@@ -47,8 +48,8 @@ class LatentSmoothness:
             StyleGAN2 write it. One style for all layers, [1, w_dim], is repeated.
 
     Raises:
-        LmexpError: when bound, if `previous` is not given, cannot be read, or holds latents of
-            another generator.
+        LmexpError: when checked or bound, if `previous` is not given, cannot be read, or holds
+            latents of another generator.
     """
 
     needs_expression: ClassVar[bool] = True
@@ -67,9 +68,20 @@ class LatentSmoothness:
         """Digest of the file of previous latents, for the run's summary."""
         return self._load()[1]
 
+    def check(self, generator: Generator) -> None:
+        """Refuse what `bind` would, before the look is inverted."""
+        self._rows(generator)
+
     def bind(self, context: Context, targets: Targets) -> BoundTerm:
+        previous = self._rows(context.generator).to(targets.look.device)
+
+        fused = context.acceleration.fuse(latent_distance)
+        return lambda candidate: fused(candidate.ws, previous)
+
+    def _rows(self, generator: Generator) -> Tensor:
+        """[num_ws, w_dim], or [1, w_dim] for all layers."""
         ws, _ = self._load()
-        wanted = (context.generator.num_ws, context.generator.w_dim)
+        wanted = (generator.num_ws, generator.w_dim)
         # Leading axes of length 1 carry nothing; one row is the style of all layers.
         rows = ws.reshape(-1, ws.shape[-1]) if ws.ndim else ws.reshape(1, 1)
         if rows.shape[0] not in (1, wanted[0]) or rows.shape[1] != wanted[1]:
@@ -77,10 +89,7 @@ class LatentSmoothness:
                 f"{_KEY}: {self.previous} holds latents of shape {list(ws.shape)}, but this "
                 f"generator reads [1, {wanted[0]}, {wanted[1]}]; give a run of the same generator"
             )
-        previous = rows.to(targets.look.device)
-
-        fused = context.acceleration.fuse(latent_distance)
-        return lambda candidate: fused(candidate.ws, previous)
+        return rows
 
     def _load(self) -> tuple[Tensor, str]:
         if self._read is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -73,11 +74,15 @@ def fetch_weights(console: Console, names: Sequence[str]) -> int:
 def verify_weights(console: Console, names: Sequence[str]) -> int:
     """Check digests; with names all must be there, without names the absent are passed over."""
     failed = False
+    counts = Counter[str]()
     for entry in [_find(name) for name in names] or _every():
         state = _state(entry)
         packaged = isinstance(entry, Entry) and entry.packaged
         failed |= state != "ready" and (state != "absent" or bool(names) or packaged)
-        console.print(f"{entry.name}: {state}", soft_wrap=True)
+        said = {"ready": "verified", "absent": "absent, nothing to verify"}.get(state, state)
+        counts["damaged" if said == state else said.partition(",")[0]] += 1
+        console.print(f"{entry.name}: {said}", soft_wrap=True)
+    console.print(", ".join(f"{counts[word]} {word}" for word in ("verified", "absent", "damaged")))
     return 1 if failed else 0
 
 
@@ -88,17 +93,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0 done, 1 verification failed, 2 bad input or no way to fetch.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m lmexp.weights", description="Fetch, list and verify network weights."
+        prog="python -m lmexp.weights",
+        description="List, fetch and verify network weights; seal those in this package.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="what there is, whence, under which licence")
+    commands.add_parser("list", help="what there is, whence, under which licence, what is on disk")
     for name, text, default in (
         ("fetch", "fetch what is absent or damaged", "all but the files of third parties"),
-        ("verify", "check the digests of what is on disk", "all"),
+        (
+            "verify",
+            "read what is on disk and compare its digests with those that are expected; fetches "
+            "nothing",
+            "all; what is absent is then no fault",
+        ),
     ):
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
         command.add_argument("names", nargs="*", metavar="NAME", help=f"default: {default}")
-    commands.add_parser("seal", help="for maintainers: record the digests of packaged weights")
+    commands.add_parser(
+        "seal",
+        help="for maintainers: record the digests of the weights in this package",
+        description="For maintainers: write the content digests of the weights in this package "
+        f"(lmexp/weights/data) to {registry.DIGESTS.name} beside them. Run it in a checkout after "
+        "one of them was trained anew, and commit both; until then verify calls the file damaged.",
+    )
     parsed = parser.parse_args(arguments)
     console = Console()
     try:
