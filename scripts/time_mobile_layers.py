@@ -28,6 +28,8 @@ from lmexp.generators import mobile_triton as kernels
 from lmexp.generators.mobile_lowered import LoweredLayer
 
 LAYERS = (
+    (32, 128, 512),
+    (32, 512, 512),
     (64, 128, 512),
     (64, 512, 512),
     (128, 128, 256),

@@ -27,6 +27,7 @@ pytestmark = [
         ("test_noise_kernels.py", 40),
         ("test_mobile_kernels.py", 34),
         ("test_identity_kernels.py", 8),
+        ("test_vgg_kernels.py", 8),
     ],
 )
 def test_kernels_compute_what_their_formulas_do(

@@ -147,6 +147,7 @@ def test_kernels_compile_for_a_gpu(
 
 
 if __name__ == "__main__":
+    torch.backends.cudnn.allow_tf32 = False
     if sys.argv[1] == "cpu":
         from lmexp.losses.perceptual import vgg_triton
 

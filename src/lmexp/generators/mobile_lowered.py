@@ -22,7 +22,7 @@ from lmexp.generators.mobile_styles import StackedStyles, split_styles
 
 LEAK = 0.2
 
-DENSE_SIDE = 32
+DENSE_SIDE = 16
 """Up to this side, px, a depthwise and its 1×1 convolution are one dense 3×3 convolution.
 
 That is nine times the arithmetic and half the kernels; small maps are bound by the latter.
