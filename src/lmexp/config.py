@@ -173,6 +173,11 @@ class Latent(Schema):
             raise ValueError("moving_ws: W has one w for all layers; choose latent=w_plus, or null")
         if self.moving_ws is not None and self.moving_ws[0] >= self.moving_ws[1]:
             raise ValueError("moving_ws: holds no ws; the first must be less than the second")
+        if self.head_start and self.head_start_ws[0] >= self.head_start_ws[1]:
+            raise ValueError(
+                "head_start_ws: holds no ws; the first must be less than the second, or set "
+                "head_start to 0"
+            )
         if self.starts > 1 and not self.starts_spread:
             raise ValueError("starts_spread: 0 makes all starts the same; set it above 0")
         return self

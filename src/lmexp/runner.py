@@ -513,12 +513,6 @@ class _Session:
         latent = jobs[0].config.latent
         if not latent.head_start:
             return start
-        first, end = latent.head_start_ws
-        if not first < end:
-            raise LmexpError(
-                f"latent.head_start_ws: [{first}, {end}] holds no ws; the first must be less than "
-                "the second, or set latent.head_start=0"
-            )
         assert targets.expression_landmarks is not None and targets.landmark_weights is not None
         ws = expression_map.head_start(
             start.ws,

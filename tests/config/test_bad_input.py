@@ -41,6 +41,10 @@ def fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
         (["landmark_weights=smile"], ["landmark_weights=smile", "uniform", "mouth"]),
         (["latent.space=z"], ["latent.space", "'w' or 'w_plus'"]),
         (["hardware.device=tpu"], ["hardware.device", "cpu, cuda"]),
+        (
+            ["latent.head_start=1", "latent.head_start_ws=[4,4]"],
+            ["latent: head_start_ws", "head_start to 0"],
+        ),
         (["latent.moving_ws=[4,4]"], ["latent: moving_ws", "less than"]),
         (["latent=w", "latent.moving_ws=[2,9]"], ["latent: moving_ws", "latent=w_plus"]),
         (["latent.starts=0"], ["latent.starts", "greater than or equal to 1"]),
