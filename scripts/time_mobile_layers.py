@@ -73,6 +73,10 @@ PAINTED = tuple(
     {"PAINTED_ROWS": rows, "PAINTED_PLACES": places, "WARPS": warps}
     for rows, places, warps in ((16, 64, 4), (64, 64, 4), (16, 128, 8), (32, 32, 4))
 )
+ADDING = tuple(
+    {"ADDED_TILES": tiles, "ADDED_WARPS": warps}
+    for tiles, warps in ((16, 2), (16, 4), (32, 2), (32, 4), (64, 8), (128, 8))
+)
 
 
 @dataclass
@@ -81,7 +85,7 @@ class Timed:
 
     Attributes:
         what: the kernel, or `product back`, which is torch's.
-        side, inputs, outputs: of the layer; px and channels.
+        side, inputs, outputs: of the layer; px and channels. Of all layers together 0.
         now: µs, with the module's sizes.
         best: µs, with the fastest of those tried.
         sizes: those of `best`; none where they are the module's.
@@ -145,6 +149,12 @@ def make_layer(side: int, inputs: int, outputs: int, dtype: torch.dtype) -> Lowe
     return layer.cuda()
 
 
+def make_room(read: torch.Tensor, **kind: bool) -> torch.Tensor:
+    """Room for a map's partial sums, which is as much as its kernel has programs."""
+    partial = kernels._measure(read, **kind)
+    return kernels._make_room([partial], len(read), read.device)[1][0]
+
+
 Work = tuple[str, Callable[[], Any], Sequence[dict[str, Any]], int]
 """A name, what is timed, sizes to try, and values read and written."""
 
@@ -161,22 +171,26 @@ def list_work(side: int, inputs: int, outputs: int, batch: int) -> Iterator[Work
     x = make(batch, side, side, inputs)
     # Columns of one tensor, as in the network.
     styles = torch.randn(batch, 5 * inputs, device="cuda")
-    (up, style), (of_up, own) = (
-        tensor.split([4 * inputs, inputs], dim=1) for tensor in (styles, torch.empty_like(styles))
-    )
+    up, style = styles.split([4 * inputs, inputs], dim=1)
     gradient = make(batch, side, side, outputs)
     yield "spread", lambda: kernels._spread(x, style, taps), STRIPS, 2 * places * inputs
     yield "product", lambda: kernels._product(x, layer), PRODUCTS, places * (inputs + outputs)
     yield "product back", lambda: gradient @ layer.weight, (), places * (inputs + outputs)
     if inputs == outputs:
-        back = (lambda: kernels._gather(x, taps, x, style, own)), STRIPS, 3 * places * inputs
-        yield "gather", *back
+        yield (
+            "gather",
+            lambda: kernels._gather(x, taps, x, style, make_room(x)),
+            STRIPS,
+            3 * places * inputs,
+        )
         return
     bands = make(batch, side // 2, side // 2, 4 * inputs)
     yield "merge", lambda: kernels._merge(bands, up), (), 2 * places * inputs
     yield (
         "gather bands",
-        lambda: kernels._gather_bands(x, taps, bands, up, style, of_up, own, activated=True),
+        lambda: kernels._gather_bands(
+            x, taps, bands, up, style, make_room(bands, bands=True), activated=True
+        ),
         STRIPS,
         3 * places * inputs,
     )
@@ -190,12 +204,34 @@ def list_painting(side: int, channels: int, batch: int) -> Iterator[Work]:
     pixels = torch.randn(batch, 3, 2 * side, 2 * side, device="cuda")
     y = torch.randn(batch, side, side, channels, device="cuda").to(torch.bfloat16)
     style = torch.randn(batch, channels, device="cuda")
-    own = torch.empty_like(style)
     yield (
         "back image",
-        lambda: kernels._back_image(pixels, colours, y, style, columns, own),
+        lambda: kernels._back_image(pixels, colours, y, style, columns, make_room(y, painted=True)),
         PAINTED,
         batch * side**2 * (2 * channels + 2 * 12),  # pixels are float32
+    )
+
+
+def list_adding(batch: int) -> Iterator[Work]:
+    """Adding up the partial sums of all layers and of the image."""
+    partials: list[kernels.Partial] = []
+    widths: list[tuple[int, ...]] = []
+    for side, inputs, outputs in LAYERS:
+        read = torch.empty(batch, side, side, inputs, device="meta")
+        bands = inputs != outputs
+        if bands:
+            read = read.view(batch, side // 2, side // 2, 4 * inputs)
+        partials.append(kernels._measure(read, bands=bands))
+        widths.append((4 * inputs, inputs) if bands else (inputs,))
+    partials.append(kernels._measure(read, painted=True))
+    widths.append((inputs,))
+    sums, _ = kernels._make_room(partials, batch, torch.device("cuda"))
+    styles = torch.randn(batch, max(map(sum, widths)) * len(widths), device="cuda")
+    yield (
+        "add up",
+        lambda: kernels._add_up(sums, tuple(partials), styles, widths),
+        ADDING,
+        2 * (sums.numel() + 2 * styles.numel()),  # float32
     )
 
 
@@ -238,6 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if index == len(LAYERS) - 1:
             for work in list_painting(*layer[:2], args.batch):
                 found.append(time_work(work, layer, args.bandwidth))
+    if not args.layers:
+        for work in list_adding(args.batch):
+            found.append(time_work(work, (0, 0, 0), args.bandwidth))
     print("| | side | channels | µs | best | with | least |")
     print("|---|---:|---:|---:|---:|---|---:|")
     for t in found:

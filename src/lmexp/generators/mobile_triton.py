@@ -10,7 +10,7 @@ the traffic, and was slower: a program that waits for its products has no loads 
 
 What is computed, in plain operations: `mobile_lowered.LoweredTail`. Maps lie in memory
 channels-last; sums are float32, whatever is stored. Sums over pixels are made of one partial sum a
-program, added up afterwards, so that they are the same at every run.
+program, so that they are the same at every run; one kernel adds them up for all layers at the end.
 """
 
 # "no cover": they run on GPUs and, when tested, in a process of their own.
@@ -19,12 +19,16 @@ program, added up afterwards, so that they are the same at every run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lmexp.generators.mobile_styles import split_styles
 
 if TYPE_CHECKING:
     from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
@@ -53,6 +57,9 @@ BLOCK = 1024
 """Elements of a program where elements are strangers to each other."""
 COLOURS = 16
 """Columns of the product that gives four pixels of three colours, padded."""
+ADDED, ADDED_TILES, ADDED_WARPS = 16, 64, 4
+"""Of a program that adds up partial sums: channels, which every layer's are a multiple of; a
+quarter of the rows of a step; warps."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -530,6 +537,48 @@ def _gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     tl.store(sums + 3 * C, tl.sum(found_both, 0))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_up_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    sums,
+    table,
+    styles,
+    stride,
+    found,
+    columns,
+    ADDED: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    # Partial sums of all layers, by `table`, see _list_work, into `found` [N, columns]. Rows are
+    # taken four at a time: of bands these are a tile's four, which go to four columns of `up`'s
+    # gradient, by the layer's own style, and by `up` into that style's.
+    image = tl.program_id(0).to(tl.int64)
+    table += tl.program_id(1) * 7
+    # Four values at a time are read where addresses are known to be multiples of 16.
+    start = tl.load(table).to(tl.int64) * 16
+    rows = tl.load(table + 1)
+    width = tl.load(table + 2) * 16
+    first = tl.load(table + 3) * 16
+    own = tl.load(table + 4)
+    up = tl.load(table + 5)
+    shown = tl.arange(0, ADDED) < tl.load(table + 6)
+    sums += start * tl.num_programs(0) + image * rows * width + first
+    row = 4 * tl.arange(0, TILES)[:, None, None] + tl.arange(0, 4)[None, :, None]
+    at = row * width + tl.arange(0, ADDED)[None, None, :]
+    total = tl.zeros([TILES, 4, ADDED], dtype=tl.float32)
+    for begin in range(0, rows, 4 * TILES):
+        total += tl.load(sums + begin * width + at, mask=row < rows - begin, other=0.0)
+    four = tl.sum(total, 0)
+    own += tl.arange(0, ADDED)
+    bands = up + tl.arange(0, 4)[:, None] * width + tl.arange(0, ADDED)[None, :]
+    styles += image * stride
+    found += image * columns
+    there = shown[None, :] & (up >= 0)
+    scale = tl.load(styles + bands, mask=there, other=1.0)
+    tl.store(found + own, tl.sum(four * scale, 0), mask=shown)
+    style = tl.load(styles + own, mask=shown, other=0.0)
+    tl.store(found + bands, four * style[None, :], mask=there)
+
+
 def _tiles(rows: int, columns: int, n: int, height: int, width: int) -> int:  # pragma: no cover
     tiles: int = n * triton.cdiv(height, rows) * triton.cdiv(width, columns)
     return tiles
@@ -551,13 +600,138 @@ def _walk(
     return grid, sizes
 
 
-def _add_up(sums: Tensor, found: Tensor) -> None:  # pragma: no cover
-    """Partial sums [tiles, C] of N images into `found`, [N, C], which may be columns of more."""
-    torch.sum(sums.view(len(found), -1, sums.shape[-1]), 1, out=found)
+class Partial(NamedTuple):
+    """Partial sums of one map with its gradient.
+
+    Attributes:
+        tiles: of an image, a sum each.
+        channels: of the map.
+        bands: whether the map is bands, which two styles modulate.
+    """
+
+    tiles: int
+    channels: int
+    bands: bool
 
 
-# Styles are [N, C], columns of a larger tensor as a rule; so are their gradients, which the
-# functions below write where they are told.
+def _measure(
+    read: Tensor, *, bands: bool = False, painted: bool = False
+) -> Partial:  # pragma: no cover
+    """Of a map, perhaps bands, or what the image is made of."""
+    _, height, width, channels = read.shape
+    if painted:
+        tiles = _tiles(PAINTED_ROWS, PAINTED_PLACES, 1, height, width)
+    else:
+        scale = 2 if bands else 1
+        tiles = _tiles(GATHER_ROWS, 2 * STRIP_PLACES, 1, scale * height, scale * width)
+    return Partial(tiles, channels, bands)
+
+
+def _measure_all(maps: Sequence[Tensor], blocks: int) -> tuple[Partial, ...]:  # pragma: no cover
+    """Of what a tail reads, from the first to the last: bands and a map a block, then the head."""
+    wide = [index < 2 * blocks and index % 2 == 0 for index in range(len(maps) - 1)]
+    found = [_measure(read, bands=bands) for read, bands in zip(maps, wide, strict=False)]
+    return *found, _measure(maps[-1], painted=True)
+
+
+def _make_room(
+    partials: Sequence[Partial], n: int, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:  # pragma: no cover
+    """Room for the sums of N images: one tensor, and each map's part of it, [N · tiles, C]."""
+    sizes = [n * tiles * channels for tiles, channels, _ in partials]
+    sums = torch.empty(sum(sizes), device=device)
+    parts = sums.split_with_sizes(sizes)
+    return sums, [
+        part.view(-1, channels) for part, (_, channels, _) in zip(parts, partials, strict=True)
+    ]
+
+
+def _list_work(
+    partials: Sequence[Partial], widths: Sequence[Sequence[int]], columns: int
+) -> list[tuple[int, ...]]:  # pragma: no cover
+    """What _add_up_kernel's programs do for each image, the longest first.
+
+    Args:
+        partials: of all maps.
+        widths: of the styles, see `split_styles`; those of bands come before the layer's own.
+        columns: of the styles' tensor.
+
+    Returns:
+        For each program: where the map's sums start if there is one image, in 16 values; their
+        rows, of four to a tile if it is bands; C, in 16; the first channel, in 16; the first
+        column of the style; that of `up`, or -1; how many columns there are. Columns of no style
+        are a map's without rows: 0.
+    """
+    places = split_styles(torch.arange(columns)[None], widths)
+    given = iter([(int(place[0, 0]), place.shape[1]) for place in places])
+    work: list[tuple[int, ...]] = []
+    free, start = torch.ones(columns, dtype=torch.bool), 0
+    for tiles, channels, bands in partials:
+        rows, up, four = tiles, -1, 0
+        if bands:
+            rows, (up, four) = 4 * tiles, next(given)
+            assert four == channels
+            free[up : up + four] = False
+        own, width = next(given)
+        assert width * rows == channels * tiles and width % ADDED == 0
+        free[own : own + width] = False
+        for first in range(0, width, ADDED):
+            of_up = up + first if bands else -1
+            sizes = (start // 16, rows, width // 16, first // 16)
+            work.append((*sizes, own + first, of_up, ADDED))
+        start += tiles * channels
+    work.sort(key=lambda one: -one[1])
+    surplus = free.nonzero().flatten().tolist()
+    while surplus:
+        own, count = surplus[0], 1
+        while count < min(ADDED, len(surplus)) and surplus[count] == own + count:
+            count += 1
+        work.append((0, 0, 0, 0, own, -1, count))
+        del surplus[:count]
+    return work
+
+
+@cache
+def _make_table(
+    partials: tuple[Partial, ...],
+    widths: tuple[tuple[int, ...], ...],
+    columns: int,
+    device: torch.device,
+) -> Tensor:  # pragma: no cover
+    """_list_work on the device, made once and kept: graphs that were captured read it.
+
+    It is the same for any number of images, so there is one before anything is captured: kernels
+    are checked with one image before their first use.
+    """
+    return torch.tensor(_list_work(partials, widths, columns), dtype=torch.int32, device=device)
+
+
+def _add_up(
+    sums: Tensor,
+    partials: tuple[Partial, ...],
+    styles: Tensor,
+    widths: Sequence[Sequence[int]],
+) -> Tensor:  # pragma: no cover
+    """Partial sums of all maps, see `_make_room` -> gradients of styles [N, S]."""
+    n, columns = styles.shape
+    found = torch.empty_like(styles, memory_format=torch.contiguous_format)
+    table = _make_table(partials, tuple(map(tuple, widths)), columns, styles.device)
+    _add_up_kernel[(n, len(table))](
+        sums,
+        table,
+        styles,
+        styles.stride(0),
+        found,
+        columns,
+        ADDED=ADDED,
+        TILES=ADDED_TILES,
+        num_warps=ADDED_WARPS,
+    )
+    return found
+
+
+# Styles are [N, C], columns of a larger tensor as a rule. Of their gradients the functions below
+# leave partial sums where they are told, see `_make_room`.
 
 
 def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
@@ -644,7 +818,7 @@ def _image(
 
 
 def _back_image(
-    pixels: Tensor, colours: Tensor, y: Tensor, style: Tensor, weight: Tensor, found: Tensor
+    pixels: Tensor, colours: Tensor, y: Tensor, style: Tensor, weight: Tensor, sums: Tensor
 ) -> Tensor:  # pragma: no cover
     """From an image to behind the 1×1 convolution before it.
 
@@ -654,7 +828,7 @@ def _back_image(
         y: [N, h, w, K], the map.
         style: [N, K], what it was modulated with.
         weight: [O, K], of the 1×1 convolution that made it, transposed.
-        found: [N, K], for the style's gradient.
+        sums: [tiles, K], for the style's gradient.
 
     Returns:
         Gradients [N, h, w, O].
@@ -664,7 +838,7 @@ def _back_image(
     # Tensor cores take 64 at least, of which some may be surplus.
     wide = max(64, min(outputs, OUTPUTS))
     tiles = _tiles(PAINTED_ROWS, PAINTED_PLACES, n, height, width)
-    sums = torch.empty(tiles, channels, device=y.device)
+    assert sums.shape == (tiles, channels)
     out = y.new_empty(n, height, width, outputs)
     _back_image_kernel[(tiles, triton.cdiv(outputs, wide))](
         pixels,
@@ -686,7 +860,6 @@ def _back_image(
         num_warps=WARPS,
         num_stages=1,
     )
-    _add_up(sums, found)
     return out
 
 
@@ -695,7 +868,7 @@ def _gather(
     taps: Tensor,
     y: Tensor,
     style: Tensor,
-    found: Tensor,
+    sums: Tensor,
     more: Tensor | None = None,
 ) -> Tensor:  # pragma: no cover
     """From behind a layer's depthwise convolution to before the activation that it reads.
@@ -704,7 +877,7 @@ def _gather(
         gradient: [N, h, w, C], behind the convolution with `taps`.
         y: [N, h, w, C], the activated map.
         style: [N, C], what it was modulated with.
-        found: [N, C], for the style's gradient.
+        sums: [tiles, C], for the style's gradient.
         more: [N, h, w, C], gradient of another reader of the modulated map.
 
     Returns:
@@ -712,7 +885,7 @@ def _gather(
     """
     n, height, width, channels = y.shape
     grid, sizes = _walk(GATHER_ROWS, n, height, width, channels)
-    sums = torch.empty(grid[0], channels, device=y.device)
+    assert sums.shape == (grid[0], channels)
     out = torch.empty_like(y)
     _gather_kernel[grid](
         gradient,
@@ -730,7 +903,6 @@ def _gather(
         MORE=more is not None,
         **sizes,
     )
-    _add_up(sums, found)
     return out
 
 
@@ -740,16 +912,18 @@ def _gather_bands(
     x: Tensor,
     up: Tensor,
     style: Tensor,
-    found_up: Tensor,
-    found: Tensor,
+    sums: Tensor,
     *,
     activated: bool,
 ) -> Tensor:  # pragma: no cover
-    """The same through the bands x [N, h, w, 4 C], which `up` [N, 4 C] modulates."""
+    """The same through the bands x [N, h, w, 4 C], which `up` [N, 4 C] modulates.
+
+    Sums, [tiles, 4 C], are for both styles' gradients.
+    """
     n, height, width, bands = x.shape
     channels = bands // 4
     grid, sizes = _walk(GATHER_ROWS, n, 2 * height, 2 * width, channels)
-    sums = torch.empty(grid[0], bands, device=x.device)
+    assert sums.shape == (grid[0], bands)
     out = torch.empty_like(x)
     _gather_bands_kernel[grid](
         gradient,
@@ -768,10 +942,6 @@ def _gather_bands(
         ACTIVATED=activated,
         **sizes | {"ROWS": GATHER_ROWS // 2, "STAGES": BANDS_STAGES},
     )
-    # Of both styles' product, band by band.
-    own = sums.view(n, -1, 4, channels).sum(1)
-    torch.mul(own, style[:, None], out=found_up.view(n, 4, channels))
-    torch.sum(own * up.view(n, 4, channels), 1, out=found)
     return out
 
 
@@ -812,41 +982,38 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         tail, pixels = ctx.tail, gradients[0].contiguous()
         together, *maps = ctx.saved_tensors
-        # Zeros: columns of no layer have no gradient.
-        found = torch.zeros_like(together, memory_format=torch.contiguous_format)
-        # Each style and where its gradient belongs, taken from the last to the first.
-        styles = list(zip(tail.split(together), tail.split(found), strict=True))
+        partials = _measure_all(maps, len(tail.blocks))
+        # Styles, maps and their sums are taken from the last to the first.
+        sums, parts = _make_room(partials, len(together), together.device)
+        styles = tail.split(together)
         head, blocks = tail.head, list(tail.blocks)
-        style, own = styles.pop()
+        below = head.layers[1] if head.layers else blocks[-1].conv2
+        last = maps.pop(), styles.pop(), below.columns, parts.pop()
+        gradient = _back_image(pixels, head.rows, *last)
         if head.layers:
             conv1, conv2 = head.layers
-            gradient = _back_image(pixels, head.rows, maps.pop(), style, conv2.columns, own)
-            gradient = _gather(gradient, conv2.taps, maps.pop(), *styles.pop())
+            gradient = _gather(gradient, conv2.taps, maps.pop(), styles.pop(), parts.pop())
             # The product that skips both layers.
             more = _unpaint(pixels).to(gradient.dtype) @ head.skip_rows[:12]
             gradient = gradient @ conv1.weight
-            gradient = _gather(gradient, conv1.taps, maps.pop(), *styles.pop(), more)
+            gradient = _gather(gradient, conv1.taps, maps.pop(), styles.pop(), parts.pop(), more)
             gradient = gradient @ blocks[-1].conv2.weight
-        else:
-            below = blocks[-1].conv2.columns
-            gradient = _back_image(pixels, head.rows, maps.pop(), style, below, own)
         while blocks:
             block = blocks.pop()
-            gradient = _gather(gradient, block.conv2.taps, maps.pop(), *styles.pop())
-            (style, own), (up, of_up) = styles.pop(), styles.pop()
+            gradient = _gather(gradient, block.conv2.taps, maps.pop(), styles.pop(), parts.pop())
+            style, up = styles.pop(), styles.pop()
             gradient = _gather_bands(
                 gradient @ block.conv1.weight,
                 block.conv1.taps,
                 maps.pop(),
                 up,
                 style,
-                of_up,
-                own,
+                parts.pop(),
                 activated=bool(blocks),
             )
             if blocks:
                 gradient = gradient @ blocks[-1].conv2.weight
-        return None, gradient, found
+        return None, gradient, _add_up(sums, partials, together, tail.widths)
 
 
 def paint(tail: LoweredTail, x: Tensor, styles: Tensor) -> Tensor:  # pragma: no cover
