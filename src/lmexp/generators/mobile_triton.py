@@ -330,10 +330,11 @@ def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 @triton.jit
 def _pixel(image, row, column, colour, height, width):  # type: ignore[no-untyped-def] # pragma: no cover
-    # Where column k of a place's product is in an image: k = (2 down + right) · 3 + channel.
-    plane = (image * 3 + colour % 3)[None, :] * (4 * height * width)
-    down = 2 * row[:, None] + (colour // 6)[None, :]
-    return plane + down * (2 * width) + 2 * column[:, None] + (colour // 3 % 2)[None, :]
+    # Where column k of a place's product is in an image: k = 4 channel + 2 down + right, so that
+    # neighbours of a row are loaded and stored at once.
+    plane = (image * 3 + colour // 4)[None, :] * (4 * height * width)
+    down = 2 * row[:, None] + (colour // 2 % 2)[None, :]
+    return plane + down * (2 * width) + 2 * column[:, None] + (colour % 2)[None, :]
 
 
 @triton.jit
@@ -842,7 +843,7 @@ def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover
     """Images [N, 3, 2 h, 2 w] -> [N, h, w, 12], columns in the order of `LoweredHead`."""
     n, _, height, width = pixels.shape
     parts = pixels.reshape(n, 3, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 3, 5, 1).flatten(3)
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 class _Tail(torch.autograd.Function):  # pragma: no cover
