@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -67,6 +68,15 @@ PRODUCTS = tuple(
         (128, 128, 64, 8, 2),
         (128, 128, 32, 8, 4),
         (128, 256, 64, 8, 2),
+    )
+)
+PAINTING = tuple(
+    {"PRODUCT": sizes, "NARROW_PRODUCT": sizes}
+    for sizes in (
+        (64, 64, 64, 8, 4),
+        (128, 64, 64, 4, 4),
+        (128, 64, 64, 8, 4),
+        (256, 64, 64, 8, 4),
     )
 )
 PAINTED = tuple(
@@ -197,18 +207,26 @@ def list_work(side: int, inputs: int, outputs: int, batch: int) -> Iterator[Work
 
 
 def list_painting(side: int, channels: int, batch: int) -> Iterator[Work]:
-    """The way back through the image behind the last layer."""
+    """The image by the last layer's product, and the way back through both."""
     layer = make_layer(side, channels, channels, torch.bfloat16)
     columns = layer.weight.T.contiguous()
     colours = torch.randn(16, channels, device="cuda").to(torch.bfloat16)
     pixels = torch.randn(batch, 3, 2 * side, 2 * side, device="cuda")
     y = torch.randn(batch, side, side, channels, device="cuda").to(torch.bfloat16)
     style = torch.randn(batch, channels, device="cuda")
+    head = SimpleNamespace(columns=colours.T.contiguous(), constant=torch.randn(16, device="cuda"))
+    image = torch.empty_like(pixels)
+    yield (
+        "product and image",
+        lambda: kernels._product(y, layer, style, head, image),
+        PAINTING,
+        batch * side**2 * (2 * channels + 2 * 12),  # pixels are float32
+    )
     yield (
         "back image",
         lambda: kernels._back_image(pixels, colours, y, style, columns, make_room(y, painted=True)),
         PAINTED,
-        batch * side**2 * (2 * channels + 2 * 12),  # pixels are float32
+        batch * side**2 * (2 * channels + 2 * 12),
     )
 
 

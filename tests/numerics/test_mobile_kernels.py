@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def compare_kernels(device: str) -> list[float]:
     from lmexp.generators import mobile_triton
 
     errors = []
+    usual = mobile_triton.PRODUCT, mobile_triton.NARROW_PRODUCT
     for with_head in (False, True):
         tail = build(with_head)
         assert tail.has_kernels and len(tail.blocks) == (1 if with_head else 2)
@@ -58,18 +60,25 @@ def compare_kernels(device: str) -> list[float]:
             inputs.append(torch.randn(count, columns * len(tail.widths)))
             side = 16 if with_head else 32
             outer = torch.randn(count, 3, side, side)
+            # A program of fewer outputs than the last layer has cannot make the image.
+            sizes = [(64, 32, 32, 4, 2)] * 2 if count == 1 else usual
+            apart = mock.Mock(wraps=mobile_triton._image)
             found = []
             for fast in (False, True):
                 there = device if fast else "cpu"
                 x, styles = (value.to(there).requires_grad_() for value in inputs)
                 tail.to(there)
                 paint = functools.partial(mobile_triton.paint, tail) if fast else tail
-                images = paint(x, F.pad(styles, (16, 48))[:, 16:-48] if fast else styles)
+                with mock.patch.multiple(
+                    mobile_triton, PRODUCT=sizes[0], NARROW_PRODUCT=sizes[1], _image=apart
+                ):
+                    images = paint(x, F.pad(styles, (16, 48))[:, 16:-48] if fast else styles)
                 gradient, slopes = torch.autograd.grad(images, (x, styles), outer.to(there))
                 parts = tail.split(slopes)
                 # Columns of no layer have no gradient.
                 assert slopes.count_nonzero() == sum(part.count_nonzero() for part in parts)
                 found.append([value.detach().cpu() for value in (images, gradient, *parts)])
+            assert apart.call_count == (with_head or count == 1)
             for wanted, got in zip(*found, strict=True):
                 assert got.shape == wanted.shape and wanted.norm() > 0
                 errors.append(float((got - wanted).norm() / wanted.norm()))
@@ -122,6 +131,7 @@ def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, f
 
 
 WALK = {"ROWS": 16, "PLACES": 16, "CHANNELS": 64, "STAGES": 4}
+PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 64, "K": 64}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -132,10 +142,8 @@ WALK = {"ROWS": 16, "PLACES": 16, "CHANNELS": 64, "STAGES": 4}
         ("_spread_kernel", {"C": 64, **WALK}),
         ("_gather_kernel", {"C": 64, "MORE": True, **WALK}),
         ("_gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
-        (
-            "_product_kernel",
-            {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 64, "K": 64},
-        ),
+        ("_product_kernel", {**PRODUCT, "PAINTS": False}),
+        ("_product_kernel", {**PRODUCT, "PAINTS": True}),
         (
             "_image_kernel",
             {"C": 64, "SKIPPED": 0, "CONSTANTS": 1, "ROWS": 8, "COLUMNS": 16, "CHANNELS": 64},

@@ -136,7 +136,7 @@ class LoweredHead(nn.Module):
         dtype: half precision.
 
     Attributes:
-        rows, columns: [16, C] and [C, 16]; column (2 down + right) · 3 + colour, four surplus.
+        rows, columns: [16, C] and [C, 16]; column 4 colour + 2 down + right, four surplus.
         constant: [16], or [h, w, 16] where there is noise.
         layers: none, or the two before the product.
         skip_rows, skip_columns: of a second product, of what the first of them reads.
@@ -188,8 +188,8 @@ class LoweredHead(nn.Module):
                 x = layer(x, style)
         total = total + F.linear((x * styles[-1][:, None, None]).to(x.dtype), self.rows)
         n, height, width = total.shape[:3]
-        pixels = total[..., :12].reshape(n, height, width, 2, 2, 3)
-        return pixels.permute(0, 5, 1, 3, 2, 4).reshape(n, 3, 2 * height, 2 * width)
+        pixels = total[..., :12].reshape(n, height, width, 3, 2, 2)
+        return pixels.permute(0, 3, 1, 4, 2, 5).reshape(n, 3, 2 * height, 2 * width)
 
 
 class LoweredTail(nn.Module):
@@ -310,10 +310,10 @@ def _list_modulations(trunk: nn.Module, head: nn.Module) -> list[list[nn.Module]
 def _to_pixels(bands: Tensor) -> Tensor:
     """Haar bands of three colours along the first axis, [12, …] -> four pixels', [16, …].
 
-    Rows (2 down + right) · 3 + colour; the last four are 0.
+    Rows 4 colour + 2 down + right; the last four are 0.
     """
     places = bands.reshape(12, -1).T[:, :, None, None]
-    pixels = merge_bands(places).permute(2, 3, 1, 0).reshape(bands.shape)
+    pixels = merge_bands(places).permute(1, 2, 3, 0).reshape(bands.shape)
     return torch.cat([pixels, pixels.new_zeros(_COLUMNS - 12, *bands.shape[1:])])
 
 

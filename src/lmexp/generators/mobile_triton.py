@@ -5,8 +5,9 @@ backward pass a sum over pixels for each style. Here a layer is two passes each 
 nine shifts of the depthwise convolution with all that is done to each value by itself (modulation;
 backwards also activation, inverse Haar transform and the sums), and walks down the rows of the map,
 so that each row is loaded once, ahead of its turn, and the taps stay in registers. The other is the
-product with the 1×1 weights, with noise, bias and activation. One pass for both would spare half of
-the traffic, and was slower: a program that waits for its products has no loads under way.
+product with the 1×1 weights, with noise, bias and activation; of the last layer, with the image as
+well. One pass for both would spare half of the traffic, and was slower: a program that waits for
+its products has no loads under way.
 
 What is computed, in plain operations: `mobile_lowered.LoweredTail`. Maps lie in memory
 channels-last; sums are float32, whatever is stored. Sums over pixels are made of one partial sum a
@@ -229,18 +230,32 @@ def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     rows,
     places,
     leak,
+    style,
+    stride,
+    colours,
+    shade,
+    image,
+    width,
     C_IN: tl.constexpr,
     C_OUT: tl.constexpr,
     CONSTANTS: tl.constexpr,
     BIAS: tl.constexpr,
+    PAINTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    # [rows, C_IN] · weight [C_OUT, C_IN] turned, constant, bias, leaky ReLU.
+    # [rows, C_IN] · weight [C_OUT, C_IN] turned, constant, bias, leaky ReLU. If PAINTS, also the
+    # image of the result, as in `_image_kernel`: `style` [images, C_OUT], `colours` [C_OUT, 16],
+    # `shade` [16]. Then N is C_OUT, and M divides the places of an image.
     row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     output = tl.program_id(1) * N + tl.arange(0, N)
     there = row < rows
+    if PAINTS:
+        colour = tl.arange(0, 16)
+        which = tl.program_id(0) // (places // M)
+        place = tl.program_id(0) % (places // M) * M + tl.arange(0, M)
+        factor = tl.load(colours + output[:, None] * 16 + colour[None, :])
     total = tl.zeros([M, N], dtype=tl.float32)
     for start in range(0, C_IN, K):
         term = start + tl.arange(0, K)
@@ -249,15 +264,26 @@ def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
         right = tl.load(weight + entry, mask=(output < C_OUT)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     shown = there[:, None] & (output < C_OUT)[None, :]
+    if not PAINTS:
+        place = row % places
     if CONSTANTS == 1:
-        total += tl.load(constant + row % places, mask=there, other=0.0)[:, None]
+        total += tl.load(constant + place, mask=there, other=0.0)[:, None]
     else:
-        at = (row % places)[:, None] * C_OUT + output[None, :]
+        at = place[:, None] * C_OUT + output[None, :]
         total += tl.load(constant + at, mask=shown, other=0.0)
     if BIAS:
         total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
     total = tl.where(total > 0, total, leak * total)
     tl.store(out + row[:, None] * C_OUT + output[None, :], total, mask=shown)
+    if PAINTS:
+        own = tl.load(style + which.to(tl.int64) * stride + output)[None, :]
+        # Rounded first, as the map is that the way back reads.
+        value = (total.to(out.dtype.element_ty).to(tl.float32) * own).to(factor.dtype)
+        painted = tl.dot(value, factor, input_precision="ieee")
+        painted += tl.load(shade + colour)[None, :]
+        height = places // width
+        at = _pixel(which.to(tl.int64), place // width, place % width, colour, height, width)
+        tl.store(image + at, painted, mask=there[:, None] & (colour < 12)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -311,10 +337,11 @@ def _image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 @triton.jit
 def _pixel(image, row, column, colour, height, width):  # type: ignore[no-untyped-def] # pragma: no cover
-    # Where column k of a place's product is in an image: k = (2 down + right) · 3 + channel.
-    plane = (image * 3 + colour % 3)[None, :] * (4 * height * width)
-    down = 2 * row[:, None] + (colour // 6)[None, :]
-    return plane + down * (2 * width) + 2 * column[:, None] + (colour // 3 % 2)[None, :]
+    # Where column k of a place's product is in an image: k = 4 channel + 2 down + right, so that
+    # neighbours of a row are loaded and stored at once.
+    plane = (image * 3 + colour // 4)[None, :] * (4 * height * width)
+    down = 2 * row[:, None] + (colour // 2 % 2)[None, :]
+    return plane + down * (2 * width) + 2 * column[:, None] + (colour % 2)[None, :]
 
 
 @triton.jit
@@ -752,15 +779,30 @@ def _spread(x: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cov
     return out
 
 
-def _product(x: Tensor, layer: Any) -> Tensor:  # pragma: no cover
-    """The 1×1 convolution of x [N, h, w, I], noise, bias, leaky ReLU."""
+def _size_product(layer: Any) -> tuple[int, int, int, int, int]:  # pragma: no cover
+    """See `PRODUCT`, for a layer."""
+    outputs, inputs = layer.weight.shape
+    narrow = min(inputs, outputs) <= NARROW_PRODUCT[1]
+    m, wide, terms, warps, stages = NARROW_PRODUCT if narrow else PRODUCT
+    return m, min(wide, outputs), min(terms, inputs), warps, stages
+
+
+def _product(
+    x: Tensor,
+    layer: Any,
+    style: Tensor | None = None,
+    head: Any = None,
+    image: Tensor | None = None,
+) -> Tensor:  # pragma: no cover
+    """The 1×1 convolution of x [N, h, w, I], noise, bias, leaky ReLU.
+
+    With an image [N, 3, 2 h, 2 w] it also paints that, of the result by `style` [N, O] and `head`.
+    """
     n, height, width, inputs = x.shape
     outputs = layer.weight.shape[0]
     out = x.new_empty(n, height, width, outputs)
     rows = n * height * width
-    narrow = min(inputs, outputs) <= NARROW_PRODUCT[1]
-    m, wide, terms, warps, stages = NARROW_PRODUCT if narrow else PRODUCT
-    wide, terms = min(wide, outputs), min(terms, inputs)
+    m, wide, terms, warps, stages = _size_product(layer)
     _product_kernel[(triton.cdiv(rows, m), triton.cdiv(outputs, wide))](
         x,
         layer.weight,
@@ -770,10 +812,17 @@ def _product(x: Tensor, layer: Any) -> Tensor:  # pragma: no cover
         rows,
         height * width,
         LEAK,
+        style,
+        None if style is None else style.stride(0),
+        None if head is None else head.columns,
+        None if head is None else head.constant,
+        image,
+        None if image is None else width,
         C_IN=inputs,
         C_OUT=outputs,
         CONSTANTS=layer.constant.shape[-1],
         BIAS=layer.bias is not None,
+        PAINTS=image is not None,
         M=m,
         N=wide,
         K=terms,
@@ -815,6 +864,21 @@ def _image(
         num_stages=1,
     )
     return out
+
+
+def _last_layer(
+    x: Tensor, style: Tensor, layer: Any, own: Tensor, head: Any
+) -> tuple[Tensor, Tensor]:  # pragma: no cover
+    """The layer before a head of one product, and the image, of which `own` is the style."""
+    x = _spread(x, style, layer.taps)
+    n, height, width, _ = x.shape
+    m, wide, *_ = _size_product(layer)
+    # A program that paints needs all channels of its places, and those of one image.
+    if wide < len(layer.weight) or height * width % m:
+        y = _product(x, layer)
+        return y, _image(y, own, head, None, None)
+    image = torch.empty(n, 3, 2 * height, 2 * width, device=x.device)
+    return _product(x, layer, own, head, image), image
 
 
 def _back_image(
@@ -949,7 +1013,7 @@ def _unpaint(pixels: Tensor) -> Tensor:  # pragma: no cover
     """Images [N, 3, 2 h, 2 w] -> [N, h, w, 12], columns in the order of `LoweredHead`."""
     n, _, height, width = pixels.shape
     parts = pixels.reshape(n, 3, height // 2, 2, width // 2, 2)
-    return parts.permute(0, 2, 4, 3, 5, 1).flatten(3)
+    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3)
 
 
 class _Tail(torch.autograd.Function):  # pragma: no cover
@@ -960,20 +1024,22 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
         x, styles = x.contiguous(), styles.float()
         if styles.stride(1) != 1:
             styles = styles.contiguous()
-        maps, given = [x], tail.split(styles)
+        maps, given, head = [x], tail.split(styles), tail.head
+        last = None if head.layers else tail.blocks[-1]
         for block in tail.blocks:
             up, first, second = given[:3]
             del given[:3]
-            hidden = _layer(_merge(maps[-1], up), first, block.conv1)
-            maps += [hidden, _layer(hidden, second, block.conv2)]
-        head = tail.head
+            maps.append(_layer(_merge(maps[-1], up), first, block.conv1))
+            if block is last:
+                y, images = _last_layer(maps[-1], second, block.conv2, given[0], head)
+                maps.append(y)
+            else:
+                maps.append(_layer(maps[-1], second, block.conv2))
         if head.layers:
             features = maps[-1]
             maps.append(_layer(features, given[0], head.layers[0]))
             maps.append(_layer(maps[-1], given[1], head.layers[1]))
             images = _image(maps[-1], given[2], head, features, given[0])
-        else:
-            images = _image(maps[-1], given[0], head, None, None)
         ctx.tail = tail
         ctx.save_for_backward(styles, *maps)
         return images
