@@ -104,7 +104,7 @@ def project(
         batch.stage(step, positions, moving)
         losses, candidate = take(step)
         if step + 1 < schedule.steps:
-            batch.draws.prepare(step + 1)  # while the device is at work
+            batch.prepare(step + 1, [job.position(step + 1) for job in jobs], moving)
         totals, broken = batch.read()
         for k, job in enumerate(jobs):
             if moving[k] and broken[k]:
@@ -189,6 +189,7 @@ class _Batch:
         self._landmark_factors = (
             ws.new_ones(groups.NUM_LANDMARKS) if schedule.group_factors else None
         )
+        self._ahead: tuple[tuple[Any, ...], Tensor] = ((), self._numbers)
         self._report = ws.new_zeros(2, len(seeds))
         self._average = context.acceleration.fuse(average)
 
@@ -216,22 +217,54 @@ class _Batch:
         ws, *noise_bufs = (parameter.value.clone() for parameter in self._parameters)
         return Latents(ws=ws, noise_bufs=tuple(noise_bufs))
 
+    def prepare(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> None:
+        """What the host has to compute for a step to come, while the device is at work.
+
+        Args:
+            positions: of that step, as far as can be foreseen.
+            moving: the jobs that take this step; those that it breaks are not known yet.
+        """
+        self.draws.prepare(step)
+        counts = [count + moves for count, moves in zip(self.counts, moving, strict=True)]
+        still = [m and p < self._schedule.steps for m, p in zip(moving, positions, strict=True)]
+        self._ahead = self._compute(step, positions, still, counts)
+
     def stage(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> None:
         """Bring a step's numbers to the device."""
+        known, numbers = self._ahead
+        if known != (step, tuple(positions), tuple(moving), tuple(self.counts)):
+            _, numbers = self._compute(step, positions, moving, self.counts)
+        self._numbers.copy_(numbers, non_blocking=True)
+        if self._landmark_factors is not None:
+            factors = dict.fromkeys(groups.GROUPS, 1.0) | self._schedule.group_factors_at(step)
+            self._landmark_factors.copy_(groups.expand(factors))
+        self.draws.move_to(step)
+
+    def _compute(
+        self,
+        step: int,
+        positions: Sequence[int],
+        moving: Sequence[bool],
+        counts: Sequence[int],
+    ) -> tuple[tuple[Any, ...], Tensor]:
+        """A step's `_Numbers` on the CPU, and before them what they are of.
+
+        Args:
+            counts: steps that each job has taken before.
+        """
         schedule, w_std = self._schedule, self._context.latent_statistics.w_std
         rows = []
-        for k, position in enumerate(positions):
-            rate = schedule.learning_rate_at(position) if moving[k] else 0.0
-            size, root = adam.step_sizes(rate, self.counts[k] + 1, schedule.beta1, schedule.beta2)
+        for position, moves, count in zip(positions, moving, counts, strict=True):
+            rate = schedule.learning_rate_at(position) if moves else 0.0
+            size, root = adam.step_sizes(rate, count + 1, schedule.beta1, schedule.beta2)
             noise = schedule.noise_at(position) * w_std
             # A job's jump to the ramp-down comes after this ramp, so its factors are those of all.
             factor = schedule.landmark_factor_at(step)
-            rows.append(_Numbers(noise, size, root, float(moving[k]), factor))
-        self._numbers.copy_(torch.tensor(rows, dtype=torch.float64).T)
-        if self._landmark_factors is not None:
-            factors = dict.fromkeys(groups.GROUPS, 1.0) | schedule.group_factors_at(step)
-            self._landmark_factors.copy_(groups.expand(factors))
-        self.draws.move_to(step)
+            rows.append(_Numbers(noise, size, root, float(moves), factor))
+        numbers = torch.tensor(rows, dtype=torch.float64).T.to(self._numbers.dtype).contiguous()
+        if self._numbers.is_cuda:
+            numbers = numbers.pin_memory()
+        return (step, tuple(positions), tuple(moving), tuple(counts)), numbers
 
     def take(self, step: int) -> tuple[Losses, Candidate]:
         """One step on the device; nothing in here waits for it."""
