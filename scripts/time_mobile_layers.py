@@ -15,7 +15,7 @@ import contextlib
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,22 +279,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, nargs="+", help="of the network, from 0; all, unless given"
     )
+    parser.add_argument("--as-set", action="store_true", help="try no other sizes")
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here, and these kernels run on nothing else")
     torch.manual_seed(0)
     found = []
+
+    def time_all(works: Iterable[Work], layer: tuple[int, int, int] = (0, 0, 0)) -> None:
+        for what, call, choices, values in works:
+            work = (what, call, () if args.as_set else choices, values)
+            found.append(time_work(work, layer, args.bandwidth))
+
     for index in args.layers or range(len(LAYERS)):
         layer = LAYERS[index]
-        for work in list_work(*layer, args.batch):
-            found.append(time_work(work, layer, args.bandwidth))
+        time_all(list_work(*layer, args.batch), layer)
         if index == len(LAYERS) - 1:
-            for work in list_painting(*layer[:2], args.batch):
-                found.append(time_work(work, layer, args.bandwidth))
+            time_all(list_painting(*layer[:2], args.batch), layer)
     if not args.layers:
-        for work in list_adding(args.batch):
-            found.append(time_work(work, (0, 0, 0), args.bandwidth))
+        time_all(list_adding(args.batch))
     print("| | side | channels | µs | best | with | least |")
     print("|---|---:|---:|---:|---:|---|---:|")
     for t in found:
