@@ -45,11 +45,7 @@ class Draws:
 
     def prepare(self, step: int) -> None:
         """Draw for a step to come, without touching this one's numbers."""
-        made = {key: draw(step) for key, (draw, _) in self._kept.items()}
-        if self._device.type == "cuda":
-            # From pinned memory a copy is only asked for: the host need not see it through.
-            made = {key: numbers.pin_memory() for key, numbers in made.items()}
-        self._ahead = (step, made)
+        self._ahead = (step, {key: draw(step) for key, (draw, _) in self._kept.items()})
 
     def move_to(self, step: int) -> None:
         """Make `step` this step."""
@@ -57,5 +53,5 @@ class Draws:
             return
         ahead = self._ahead[1] if self._ahead[0] == step else {}
         for key, (draw, kept) in self._kept.items():
-            kept.copy_(ahead[key] if key in ahead else draw(step), non_blocking=True)
+            kept.copy_(ahead[key] if key in ahead else draw(step))
         self._step = step
