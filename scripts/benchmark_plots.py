@@ -184,7 +184,9 @@ def draw_steps(axes: Axes, cells: list[dict[str, Any]], colours: dict[str, str])
     best: dict[str, dict[str, Any]] = {}
     for cell in cells:
         key = label(cell)
-        if cell["devices"] == 1 and (key not in best or rank(cell) > rank(best[key])):
+        if "start_seconds" not in cell or cell["devices"] > 1:
+            continue
+        if key not in best or rank(cell) > rank(best[key]):
             best[key] = cell
     words: list[tuple[Any, str]] = []
     for name, cell in best.items():

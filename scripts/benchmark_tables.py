@@ -87,6 +87,7 @@ def steps(cells: list[dict[str, Any]]) -> list[list[str]]:
         median = statistics.median(spent)
         plain = yardstick_of(cell, cells)
         peak = cell.get("peak_memory")
+        begun = cell.get("start_seconds")  # absent where steps alone were timed
         again = cell.get("second_start_seconds")
         table.append(
             [
@@ -99,7 +100,7 @@ def steps(cells: list[dict[str, Any]]) -> list[list[str]]:
                 f"{median:.2f} ({min(spent):.2f}–{max(spent):.2f})",
                 "" if plain is None else f"{plain / median:.1f}",
                 "" if peak is None else f"{peak / 2**30:.2f}",
-                f"{cell['build_seconds'] + cell['start_seconds']:.0f}",
+                "" if begun is None else f"{cell['build_seconds'] + begun:.0f}",
                 "" if again is None else f"{cell['second_build_seconds'] + again:.0f}",
             ]
         )
