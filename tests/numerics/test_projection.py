@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import tiny_projection
@@ -12,6 +12,7 @@ import torch
 from tiny_projection import SCHEDULE, TERMS, WEIGHTS, Colours, make_context, make_targets, run
 from torch import Tensor
 
+from lmexp import projection
 from lmexp.errors import LmexpError
 from lmexp.landmarks.groups import GROUPS
 from lmexp.latents import Latents
@@ -172,6 +173,26 @@ def test_the_state_of_a_job_that_died_at_once_can_be_resumed(
     run(context, targets, [0], terms=terms, callback=lambda step: states.append(step.states(0)))
     again = run(context, targets, [0], first_step=0, resume=states[:1])
     assert torch.equal(again.ws, run(context, targets, [0]).ws)
+
+
+@pytest.mark.parametrize(("nan_at", "again"), [({}, 0), ({1: 3}, 1)])
+def test_a_steps_numbers_are_ready_before_it_unless_a_job_dies(
+    context: Context,
+    targets: Targets,
+    nan_at: dict[int, int],
+    again: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: list[int] = []
+    compute = projection._Batch._compute
+
+    def counted(batch: Any, step: int, *given: Any) -> Any:
+        computed.append(step)
+        return compute(batch, step, *given)
+
+    monkeypatch.setattr(projection._Batch, "_compute", counted)
+    run(context, targets, terms=TERMS | {"colours": Colours(nan_at)})
+    assert sorted(computed) == sorted([*range(SCHEDULE.steps), *[4] * again])
 
 
 def test_terms_that_look_at_nothing_optimised_are_refused(
