@@ -259,7 +259,9 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
     def sweep(jobs: int, folder: str) -> int:
         """Bytes that a batch of so many jobs takes of the GPU at most."""
         seeds = f"seed={','.join(map(str, range(jobs)))}"
+        # The search for the fastest convolutions takes longer than all else, at each batch's size.
         more = ["-m", seeds, "hardware=cuda", f"hardware.batch_size={jobs}"]
+        more.append("hardware.tune_convolutions=false")
         monkeypatch.setattr(sys, "argv", ["lmexp", *words, *more, f"output_dir={folder}"])
         gc.collect()
         torch.cuda.empty_cache()
