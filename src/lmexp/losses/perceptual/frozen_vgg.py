@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lmexp.convolutions import LoweredConv
 
 _TERMS = 32
-"""See `vgg_triton`, which can't be imported without Triton."""
+"""Of the first convolution's product: nine places of three colours, filled up to what tensor cores
+take."""
 
 
 class FrozenVgg(nn.Module):

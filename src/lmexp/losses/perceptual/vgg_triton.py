@@ -35,9 +35,6 @@ TAPPED = 1024
 """Elements of a program at a tap: of each of the four places that a pool makes one."""
 PLACES = 128
 """Of a row, in a program of the first convolution."""
-TERMS = 32
-"""Of the first convolution's product: nine places of three colours, filled up to what tensor cores
-take."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -346,7 +343,7 @@ def _first(images: Tensor, vgg: FrozenVgg) -> Tensor:  # pragma: no cover
         width,
         C=channels,
         PLACES=PLACES,
-        TERMS=TERMS,
+        TERMS=len(vgg.first),
         num_warps=WARPS,
     )
     return out
@@ -364,7 +361,7 @@ def _first_back(gradient: Tensor, made: Tensor, vgg: FrozenVgg) -> Tensor:  # pr
         width,
         C=channels,
         PLACES=PLACES,
-        TERMS=TERMS,
+        TERMS=len(vgg.first),
         num_warps=WARPS,
     )
     out = torch.empty(n, 3, height, width, device=made.device)
