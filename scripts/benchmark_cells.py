@@ -232,6 +232,7 @@ class Bench:
             self.schedule(clock.steps),
             seeds=range(self.cell.batch),
             callback=lambda step: clock.tick(step.step),
+            looks_at=clock.reads,
         )
         return clock.report(began, built)
 
@@ -392,14 +393,18 @@ class Clock:
         self._stamps: list[float] = []
         self._warm = 0.0
 
+    def reads(self, step: int) -> bool:
+        """Whether a window ends, or the first begins, after a step."""
+        done = step + 1 - self._warm_up
+        return done >= 0 and done % self._window == 0
+
     def tick(self, step: int) -> None:
         """Called after each step."""
-        done = step + 1 - self._warm_up
-        if done < 0 or done % self._window:
+        if not self.reads(step):
             return
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if done == 0:
+        if step + 1 == self._warm_up:
             self._warm = time.time()
             self._wait()
         self._stamps.append(time.perf_counter())

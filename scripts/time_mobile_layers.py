@@ -59,22 +59,27 @@ STRIPS = tuple(
         (32, 32, 8, 4),
     )
 )
-PRODUCTS = tuple(
-    {"PRODUCT": sizes, "NARROW_PRODUCT": sizes}
-    for sizes in (
-        (64, 64, 64, 4, 2),
-        (64, 128, 64, 4, 4),
-        (64, 128, 64, 4, 2),
-        (128, 128, 64, 8, 2),
-        (128, 128, 32, 8, 4),
-        (128, 256, 64, 8, 2),
-    )
+PRODUCTS = (
+    *(
+        {"PRODUCT": sizes, "NARROW_PRODUCT": sizes, "STREAM": {}}
+        for sizes in (
+            (64, 128, 64, 4, 4),
+            (128, 64, 64, 4, 4),
+            (128, 128, 64, 4, 3),
+            (128, 128, 64, 8, 3),
+            (128, 256, 64, 8, 3),
+        )
+    ),
+    *(
+        {"STREAM": dict.fromkeys((64, 128, 256, 512), sizes)}
+        for sizes in ((64, 64, 4, 4, 4), (64, 128, 4, 3, 2), (64, 128, 8, 4, 1), (64, 256, 8, 3, 1))
+    ),
 )
 PAINTING = tuple(
     {"PRODUCT": sizes, "NARROW_PRODUCT": sizes}
     for sizes in (
+        (64, 64, 64, 4, 4),
         (64, 64, 64, 8, 4),
-        (128, 64, 64, 4, 4),
         (128, 64, 64, 8, 4),
         (256, 64, 64, 8, 4),
     )

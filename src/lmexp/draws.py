@@ -53,5 +53,13 @@ class Draws:
             return
         ahead = self._ahead[1] if self._ahead[0] == step else {}
         for key, (draw, kept) in self._kept.items():
-            kept.copy_(ahead[key] if key in ahead else draw(step))
+            overwrite(kept, ahead[key] if key in ahead else draw(step))
         self._step = step
+
+
+def overwrite(kept: Tensor, value: Tensor) -> None:
+    """Write a CPU tensor into one that stays in place; on a GPU, after what is under way there."""
+    if kept.is_cuda:
+        # From pinned memory the host need not wait; PyTorch gives it to nobody else until then.
+        value = value.to(kept.dtype).contiguous().pin_memory()
+    kept.copy_(value, non_blocking=True)

@@ -9,6 +9,7 @@ import torch
 
 from lmexp.jobs import Job, Outcome, Settle
 from lmexp.landmarks.decoding import decode
+from lmexp.losses.protocol import Candidate
 from lmexp.projection import Step
 from lmexp.recording.progress import ProgressBar
 from lmexp.stopping import Interrupted, StopRequest
@@ -40,6 +41,14 @@ class Follower:
         self._stop = stop
         self._saved_at = time.monotonic()
 
+    def looks_at(self, step: int) -> bool:
+        """Whether more than the losses of a step is wanted: pictures, or every job's state."""
+        return self._is_due() or any(
+            job.recorder.wants_image(step)
+            for index, job in self._members
+            if index not in self._settled
+        )
+
     def __call__(self, step: Step) -> None:
         """Record `step`.
 
@@ -60,7 +69,8 @@ class Follower:
             name: sum(job[1][name] for job in numbers) / len(numbers) for name in numbers[0][1]
         }
         self._bar.update(step.step, means)
-        self._save_or_stop(step)
+        if step.at_rest and self._is_due():
+            self._save_or_stop(step)
 
     def _record(
         self,
@@ -72,11 +82,8 @@ class Follower:
         total: float,
     ) -> None:
         image = landmarks = None
-        if job.recorder.wants_image(step.step):
-            image = step.candidate.images[k].detach()
-            with torch.no_grad():
-                heatmaps = step.candidate.heatmaps[k : k + 1].detach()
-                landmarks = decode(heatmaps, image.shape[-1])[0]
+        if step.candidate is not None and job.recorder.wants_image(step.step):
+            image, landmarks = _show(step.candidate, k)
         job.recorder.record_step(
             step.step,
             lr=step.learning_rates[k],
@@ -97,11 +104,12 @@ class Follower:
         job.recorder.fail(reason, step=step.step, state=step.states(k))
         self._settle(index, Outcome(job.request, "failed", job.folder, reason))
 
+    def _is_due(self) -> bool:
+        every = self._members[0][1].config.recording.save_every_seconds
+        return self._stop.requested or time.monotonic() - self._saved_at >= every
+
     def _save_or_stop(self, step: Step) -> None:
         stop = self._stop.requested
-        every = self._members[0][1].config.recording.save_every_seconds
-        if not stop and time.monotonic() - self._saved_at < every:
-            return
         for k, (index, job) in enumerate(self._members):
             if index in self._settled:
                 continue
@@ -116,11 +124,18 @@ class Follower:
             raise Interrupted
 
 
+@torch.no_grad()
+def _show(candidate: Candidate, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A job's image [3, R, R] and its landmarks [68, 2], px."""
+    image = candidate.images[k].detach()
+    return image, decode(candidate.heatmaps[k : k + 1].detach(), image.shape[-1])[0]
+
+
 def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], float]]:
-    """Per job: raw terms, weighted terms, total; one transfer from the device."""
+    """Per job: raw terms, weighted terms, total."""
     names = list(step.losses.raw)
     rows = [*step.losses.raw.values(), *step.losses.weighted.values(), step.losses.total]
-    table = torch.stack([row.detach() for row in rows]).T.tolist()
+    table = torch.stack(rows).T.tolist()
     count = len(names)
     return [
         (

@@ -111,6 +111,7 @@ def invert(
                 first_step=first_step,
                 resume=[kept[1] for kept in part if kept] if first_step else None,
                 callback=keep,
+                looks_at=keep.looks_at,
             )
     states = [kept[1] for key in keys if (kept := store.read(key)) is not None]
     columns = zip(
@@ -139,17 +140,23 @@ class _Keeper:
         self._bar = bar
         self._saved_at = time.monotonic()
 
+    def looks_at(self, _: int) -> bool:
+        """Whether the states are to be kept now, whichever step it is."""
+        due = time.monotonic() - self._saved_at >= self._store.save_every
+        return due or self._stop.requested
+
     def __call__(self, step: Step) -> None:
-        losses = {name: float(value.detach().mean()) for name, value in step.losses.raw.items()}
+        losses = {name: float(value.mean()) for name, value in step.losses.raw.items()}
         self._bar.update(step.step, losses)
         if not all(step.alive):
             raise LmexpError(
                 f"inversion: a loss stopped being finite at step {step.step}; "
                 "try a smaller latent.inversion.learning_rate"
             )
+        if not step.at_rest:
+            return
         done = step.step + 1 == self._steps
-        due = time.monotonic() - self._saved_at >= self._store.save_every
-        if done or due or self._stop.requested:
+        if done or self.looks_at(step.step):
             for k, key in enumerate(self._keys):
                 self._store.write(key, step.states(k), None if done else step.step + 1)
             self._saved_at = time.monotonic()

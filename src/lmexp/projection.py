@@ -3,7 +3,9 @@
 Batch-first: N jobs run at once and are strangers to each other. Row k of every tensor is job
 k's: its parameters, its Adam moments, its random draws, its place in the schedule. So job k alone
 gives what job k gives in a batch, and a step is the same few operations whatever N: on a GPU one
-CUDA graph (`context.acceleration.graphs`), which is replayed with new numbers at every step.
+CUDA graph (`context.acceleration.graphs`), which is replayed with new numbers at every step. The
+GPU never waits for the host: the next step is launched before this one's losses are read, and
+whatever those decide is decided on the device.
 Source: the projector of StyleGAN2 (arXiv 1912.04958, appendix D) with the landmark term
 of L. Uzolas, "Facial landmark projection without training" (2021).
 """
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lmexp import adam
-from lmexp.draws import Draws
+from lmexp.draws import Draws, overwrite
 from lmexp.errors import LmexpError
 from lmexp.landmarks import groups
 from lmexp.landmarks.framing import average
@@ -46,21 +48,28 @@ class Step:
     Attributes:
         step: 0-based index of the step that was just taken.
         learning_rates: per job, the one it was taken with.
-        losses: of the images before the step was taken.
-        candidate: those images and latents; the next step may overwrite them.
+        losses: of the images before the step was taken, on the CPU.
+        candidate: those images and latents; the next step may overwrite them. None: that is under
+            way, see `looks_at` of `project`.
         alive: per job, False once its losses or gradients have stopped being finite. A
             dead job stays at its last good latents and takes no further step.
         finished: per job, True if it had taken its last step before this one, after a plateau.
-        states: gives job k's `State` after the step, on demand, as copies.
+        states: gives job k's `State` after the step, on demand, as copies; while the next step is
+            under way, a dead job's alone.
     """
 
     step: int
     learning_rates: tuple[float, ...]
     losses: Losses
-    candidate: Candidate
+    candidate: Candidate | None
     alive: tuple[bool, ...]
     finished: tuple[bool, ...]
     states: Callable[[int], State]
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the next step is not under way yet."""
+        return self.candidate is not None
 
 
 def project(
@@ -74,6 +83,7 @@ def project(
     first_step: int = 0,
     resume: Sequence[State] | None = None,
     callback: Callable[[Step], None] | None = None,
+    looks_at: Callable[[int], bool] = lambda step: True,
 ) -> Latents:
     """Minimise `objective` over the latents and the generator's noise maps.
 
@@ -85,6 +95,9 @@ def project(
         first_step: the step to go on from, with `resume` holding each job's state. One that
             has `dead` in it takes no further step.
         callback: called after every step; an exception it raises ends the projection.
+        looks_at: whether the callback will read a step's candidate and states, and not its losses
+            alone; asked when it has been told of all steps before. On a GPU the step after one that
+            it does not look at is under way when it is told of that.
 
     Returns:
         The latents after the last step, [N, ...] as `start`.
@@ -94,37 +107,95 @@ def project(
     if resume is not None:
         batch.restore(resume)
     take = _Replay(batch, start.ws.device) if context.acceleration.graphs else batch.take
+    # A plateau decides where in the schedule a job takes its next step.
+    runs_ahead = _works_aside(start.ws.device) and schedule.patience is None
 
+    def settle(launch: _Launch, candidate: Candidate | None) -> None:
+        losses, broken = launch.read()
+        took = [k for k, job in enumerate(jobs) if launch.moving[k] and job.alive]
+        for k in took:
+            if broken[k]:
+                jobs[k].alive = False
+                batch.counts[k] = launch.counts[k]
+            else:
+                jobs[k].watch_for_plateau(launch.step, float(losses.total[k]))
+        if callback is None or not took:
+            return
+        callback(
+            Step(
+                launch.step,
+                tuple(schedule.learning_rate_at(position) for position in launch.positions),
+                losses,
+                candidate,
+                tuple(job.alive for job in jobs),
+                tuple(position >= schedule.steps for position in launch.positions),
+                lambda k: batch.state(k) | jobs[k].state(),
+            )
+        )
+
+    under_way: _Launch | None = None
     for step in range(first_step, schedule.steps):
         positions = [job.position(step) for job in jobs]
-        finished = [position >= schedule.steps for position in positions]
-        moving = [job.alive and not done for job, done in zip(jobs, finished, strict=True)]
+        moving = [
+            job.alive and position < schedule.steps
+            for job, position in zip(jobs, positions, strict=True)
+        ]
         if not any(moving):
             break
         batch.stage(step, positions, moving)
-        losses, candidate = take(step)
+        candidate = take(step)
+        launch = batch.launched(step, positions, moving)
         if step + 1 < schedule.steps:
             batch.prepare(step + 1, [job.position(step + 1) for job in jobs], moving)
-        totals, broken = batch.read()
-        for k, job in enumerate(jobs):
-            if moving[k] and broken[k]:
-                job.alive = False
-            elif moving[k]:
-                batch.counts[k] += 1
-                job.watch_for_plateau(step, totals[k])
-        if callback is not None:
-            callback(
-                Step(
-                    step,
-                    tuple(schedule.learning_rate_at(position) for position in positions),
-                    losses,
-                    candidate,
-                    tuple(job.alive for job in jobs),
-                    tuple(finished),
-                    lambda k: batch.state(k) | jobs[k].state(),
-                )
-            )
+        if under_way is not None:
+            settle(under_way, None)
+        under_way = launch
+        looked_at = step + 1 == schedule.steps or looks_at(step)
+        if looked_at or not runs_ahead:
+            settle(launch, candidate if looked_at else None)
+            under_way = None
+    if under_way is not None:
+        settle(under_way, None)
     return batch.latents()
+
+
+def _works_aside(device: torch.device) -> bool:
+    """Whether the host is free while the device takes a step."""
+    return device.type == "cuda"
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A step that the device takes, or has taken.
+
+    Attributes:
+        positions: per job, where in the schedule it takes the step.
+        moving: per job, whether it takes it, as far as that was known.
+        counts: steps that each job had taken before.
+        report: `_Batch.report` after the step, on the CPU.
+        done: when that has arrived; None: it has.
+        names: of the terms, in the report's order.
+    """
+
+    step: int
+    positions: Sequence[int]
+    moving: Sequence[bool]
+    counts: Sequence[int]
+    report: Tensor
+    done: torch.cuda.Event | None
+    names: Sequence[str]
+
+    def read(self) -> tuple[Losses, list[bool]]:
+        """The step's losses, and per job whether one of them or a gradient was not finite."""
+        if self.done is not None:
+            self.done.synchronize()
+        raw, weighted = self.report[:-2].chunk(2)
+        losses = Losses(
+            raw=dict(zip(self.names, raw, strict=True)),
+            weighted=dict(zip(self.names, weighted, strict=True)),
+            total=self.report[-2],
+        )
+        return losses, [value != 0 for value in self.report[-1].tolist()]
 
 
 class _Job:
@@ -164,7 +235,7 @@ class _Batch:
 
     Attributes:
         draws: the steps' random numbers.
-        counts: steps that each job has taken.
+        counts: steps that each job has taken, or that are launched.
     """
 
     def __init__(
@@ -190,7 +261,10 @@ class _Batch:
             ws.new_ones(groups.NUM_LANDMARKS) if schedule.group_factors else None
         )
         self._ahead: tuple[tuple[Any, ...], Tensor] = ((), self._numbers)
-        self._report = ws.new_zeros(2, len(seeds))
+        # A job whose step went wrong takes no other, also one that is launched before it is known.
+        self._dead = torch.zeros(len(seeds), dtype=torch.bool, device=ws.device)
+        # Raw terms, weighted terms, total, whether it or a gradient was not finite.
+        self._report = ws.new_zeros(2 * len(objective.names) + 2, len(seeds))
         self._average = context.acceleration.fuse(average)
 
     def restore(self, states: Sequence[State]) -> None:
@@ -225,19 +299,18 @@ class _Batch:
             moving: the jobs that take this step; those that it breaks are not known yet.
         """
         self.draws.prepare(step)
-        counts = [count + moves for count, moves in zip(self.counts, moving, strict=True)]
         still = [m and p < self._schedule.steps for m, p in zip(moving, positions, strict=True)]
-        self._ahead = self._compute(step, positions, still, counts)
+        self._ahead = self._compute(step, positions, still, self.counts)
 
     def stage(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> None:
         """Bring a step's numbers to the device."""
         known, numbers = self._ahead
         if known != (step, tuple(positions), tuple(moving), tuple(self.counts)):
             _, numbers = self._compute(step, positions, moving, self.counts)
-        self._numbers.copy_(numbers)
+        overwrite(self._numbers, numbers)
         if self._landmark_factors is not None:
             factors = dict.fromkeys(groups.GROUPS, 1.0) | self._schedule.group_factors_at(step)
-            self._landmark_factors.copy_(groups.expand(factors))
+            overwrite(self._landmark_factors, groups.expand(factors))
         self.draws.move_to(step)
 
     def _compute(
@@ -264,7 +337,19 @@ class _Batch:
         numbers = torch.tensor(rows, dtype=torch.float64).T
         return (step, tuple(positions), tuple(moving), tuple(counts)), numbers
 
-    def take(self, step: int) -> tuple[Losses, Candidate]:
+    def launched(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> _Launch:
+        """What the host keeps of a step that it has just staged and launched."""
+        report = self._report.to("cpu", non_blocking=True, copy=True)
+        done = None
+        if self._report.is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(self._report.device))
+        before = tuple(self.counts)
+        self.counts = [count + moves for count, moves in zip(before, moving, strict=True)]
+        names = self._objective.names
+        return _Launch(step, tuple(positions), tuple(moving), before, report, done, names)
+
+    def take(self, step: int) -> Candidate:
         """One step on the device; nothing in here waits for it."""
         context, numbers = self._context, _Numbers(*self._numbers)
         leaves = [p.value.clone().requires_grad_() for p in self._parameters]
@@ -301,16 +386,13 @@ class _Batch:
             ]
             if self._moves is not None:  # Adam leaves in place whose gradient was never but 0
                 gradients[0] = gradients[0] * self._moves
-            broken = adam.any_not_finite([losses.total, *gradients])
+            broken = adam.any_not_finite([losses.total, *gradients]) | self._dead
+            self._dead.copy_(broken)
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.advance(gradient, numbers, broken)
-            self._report.copy_(torch.stack([losses.total, broken.to(losses.total)]))
-        return losses, candidate
-
-    def read(self) -> tuple[list[float], list[bool]]:
-        """Per job: the last step's loss, and whether that or a gradient was not finite."""
-        totals, broken = self._report.tolist()
-        return totals, [value != 0 for value in broken]
+            terms = (*losses.raw.values(), *losses.weighted.values())
+            self._report.copy_(torch.stack([*terms, losses.total, broken.to(losses.total)]))
+        return candidate
 
     def _draw_noise(self, step: int) -> Tensor:
         # Also where the noise's factor has come to 0: on an H200 every step took 1.7 ms longer once
@@ -414,9 +496,9 @@ class _Replay:
         self._device = device
         self._left = _WARM_UP
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._captured: tuple[torch.cuda.CUDAGraph, Losses, Candidate] | None = None
+        self._captured: tuple[torch.cuda.CUDAGraph, Candidate] | None = None
 
-    def __call__(self, step: int) -> tuple[Losses, Candidate]:
+    def __call__(self, step: int) -> Candidate:
         with torch.cuda.device(self._device):
             if self._left > 0:
                 self._left -= 1
@@ -424,12 +506,12 @@ class _Replay:
             if self._captured is None and not self._capture(step):
                 return self._aside(step)
             assert self._captured is not None
-            graph, losses, candidate = self._captured
+            graph, candidate = self._captured
             graph.replay()
             # Not the captured one itself: what it remembers of its images is the capture's.
-            return losses, replace(candidate, step=step)
+            return replace(candidate, step=step)
 
-    def _aside(self, step: int) -> tuple[Losses, Candidate]:
+    def _aside(self, step: int) -> Candidate:
         """A step on another stream, as before a capture."""
         here, aside = torch.cuda.current_stream(), self._stream
         aside.wait_stream(here)
@@ -443,7 +525,7 @@ class _Replay:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                losses, candidate = self._batch.take(step)
+                candidate = self._batch.take(step)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -452,5 +534,5 @@ class _Replay:
             torch.cuda.synchronize()
             self._left = sys.maxsize
             return False
-        self._captured = (graph, losses, candidate)
+        self._captured = (graph, candidate)
         return True

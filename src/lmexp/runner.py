@@ -334,6 +334,7 @@ class _Session:
                 first_step=jobs[0].first_step,
                 resume=states if len(states) == len(jobs) * starts.count else None,
                 callback=starts.follow(follower),
+                looks_at=follower.looks_at,
             )
         final, chosen = starts.choose(
             objective,

@@ -164,13 +164,15 @@ class Starts:
             weighted={name: value[rows] for name, value in step.losses.weighted.items()},
             total=step.losses.total[rows],
         )
-        candidate = replace(
-            step.candidate,
-            images=step.candidate.images[rows],
-            ws=step.candidate.ws[rows],
-            noise_bufs=tuple(noise[rows] for noise in step.candidate.noise_bufs),
-            seeds=tuple(step.candidate.seeds[row] for row in rows),
-        )
+        candidate = step.candidate
+        if candidate is not None:
+            candidate = replace(
+                candidate,
+                images=candidate.images[rows],
+                ws=candidate.ws[rows],
+                noise_bufs=tuple(noise[rows] for noise in candidate.noise_bufs),
+                seeds=tuple(candidate.seeds[row] for row in rows),
+            )
 
         def states(k: int) -> State:
             joined: State = {}

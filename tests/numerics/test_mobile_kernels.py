@@ -62,6 +62,9 @@ def compare_kernels(device: str) -> list[float]:
             outer = torch.randn(count, 3, side, side)
             # A program of fewer outputs than the last layer has cannot make the image.
             sizes = [(64, 32, 32, 4, 2)] * 2 if count == 1 else usual
+            # Once by programs that keep their weights, where they fit, and once by the others.
+            streams = mobile_triton.STREAM if count == 3 else {}
+            processors = mock.Mock(wraps=mobile_triton._count_processors)
             apart = mock.Mock(wraps=mobile_triton._image)
             found = []
             for fast in (False, True):
@@ -70,7 +73,12 @@ def compare_kernels(device: str) -> list[float]:
                 tail.to(there)
                 paint = functools.partial(mobile_triton.paint, tail) if fast else tail
                 with mock.patch.multiple(
-                    mobile_triton, PRODUCT=sizes[0], NARROW_PRODUCT=sizes[1], _image=apart
+                    mobile_triton,
+                    PRODUCT=sizes[0],
+                    NARROW_PRODUCT=sizes[1],
+                    STREAM=streams,
+                    _count_processors=processors,
+                    _image=apart,
                 ):
                     images = paint(x, F.pad(styles, (16, 48))[:, 16:-48] if fast else styles)
                 gradient, slopes = torch.autograd.grad(images, (x, styles), outer.to(there))
@@ -79,6 +87,7 @@ def compare_kernels(device: str) -> list[float]:
                 assert slopes.count_nonzero() == sum(part.count_nonzero() for part in parts)
                 found.append([value.detach().cpu() for value in (images, gradient, *parts)])
             assert apart.call_count == (with_head or count == 1)
+            assert processors.called == (count == 3)
             for wanted, got in zip(*found, strict=True):
                 assert got.shape == wanted.shape and wanted.norm() > 0
                 errors.append(float((got - wanted).norm() / wanted.norm()))
@@ -131,7 +140,7 @@ def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, f
 
 
 WALK = {"ROWS": 16, "PLACES": 16, "CHANNELS": 64, "STAGES": 4}
-PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 64, "K": 64}
+PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 64, "STAGES": 3}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -142,8 +151,9 @@ PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 
         ("_spread_kernel", {"C": 64, **WALK}),
         ("_gather_kernel", {"C": 64, "MORE": True, **WALK}),
         ("_gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
-        ("_product_kernel", {**PRODUCT, "PAINTS": False}),
-        ("_product_kernel", {**PRODUCT, "PAINTS": True}),
+        ("_product_kernel", {**PRODUCT, "K": 64, "EVEN": False, "PAINTS": False}),
+        ("_product_kernel", {**PRODUCT, "K": 64, "EVEN": True, "PAINTS": True}),
+        ("_stream_kernel", PRODUCT),
         (
             "_image_kernel",
             {"C": 64, "SKIPPED": 0, "CONSTANTS": 1, "ROWS": 8, "COLUMNS": 16, "CHANNELS": 64},
@@ -161,7 +171,7 @@ def test_kernels_compile_for_a_gpu(
     from lmexp.generators import mobile_triton
 
     halves = ("x", "y", "weight", "more", "gradient", "colours", "skipped", "skip_weight")
-    whole = ("rows", "places", "count", "height", "width", "columns")
+    whole = ("rows", "tiles", "places", "count", "height", "width", "columns")
     strides = ("stride", "up_stride", "skip_stride")
     types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(whole + strides, "i32")
     types |= {"leak": "fp32", "table": "*i32"}

@@ -45,6 +45,76 @@ def test_a_job_alone_is_the_job_in_a_batch(context: Context, targets: Targets, s
     assert not torch.allclose(together.ws[0], together.ws[1], atol=1e-3)
 
 
+@pytest.mark.parametrize("nan_at", [None, 0, 4])
+def test_steps_that_are_launched_ahead_are_the_same_steps(
+    context: Context, targets: Targets, monkeypatch: pytest.MonkeyPatch, nan_at: int | None
+) -> None:
+    """Also where a job breaks, which is known only when its next step is under way."""
+    terms = {**TERMS, "colours": Colours({} if nan_at is None else {1: nan_at})}
+    seen: dict[bool, list[tuple[Any, ...]]] = {False: [], True: []}
+    launched: list[int] = []
+    take = projection._Batch.take
+    monkeypatch.setattr(
+        projection._Batch, "take", lambda batch, step: (launched.append(step), take(batch, step))[1]
+    )
+    for ahead in (False, True):
+        monkeypatch.setattr(projection, "_works_aside", lambda _, ahead=ahead: ahead)
+        launched.clear()
+
+        def look(step: Step, ahead: bool = ahead) -> None:
+            under_way = 0 if step.at_rest or not ahead else 1
+            assert len(launched) == step.step + 1 + under_way
+            read = [k for k in range(3) if step.at_rest or not step.alive[k]]
+            images = None if step.candidate is None else step.candidate.images.detach().clone()
+            losses = [[row.tolist() for row in step.losses.raw.values()], step.losses.total]
+            states = {k: step.states(k) for k in read}
+            seen[ahead].append((step.step, step.learning_rates, step.alive, images, losses, states))
+
+        final = run(
+            context, targets, terms=terms, callback=look, looks_at=lambda step: step % 3 == 1
+        )
+        seen[ahead].append((final.ws, *final.noise_bufs))
+    at_rest, ahead_of = seen[False], seen[True]
+    assert len(ahead_of) == len(at_rest) == SCHEDULE.steps + 1
+    for one, other in zip(at_rest, ahead_of, strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=0, equal_nan=True)
+    assert (ahead_of[-2][2] == (True, True, True)) == (nan_at is None)
+
+
+def test_no_step_is_launched_ahead_of_a_plateau_or_of_nothing(
+    context: Context, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projection, "_works_aside", lambda _: True)
+    rests: list[bool] = []
+    told: list[int] = []
+
+    def note(step: Step) -> None:
+        rests.append(step.at_rest)
+        told.append(step.step)
+
+    # Patient jobs decide by a step's total where they take the next one.
+    taken: list[int] = []
+    take = projection._Batch.take
+    monkeypatch.setattr(
+        projection._Batch, "take", lambda batch, step: (taken.append(step), take(batch, step))[1]
+    )
+
+    def compare(step: Step) -> None:
+        assert taken[-1] == step.step
+
+    run(
+        context,
+        targets,
+        schedule=replace(SCHEDULE, patience=2),
+        callback=compare,
+        looks_at=lambda step: False,
+    )
+    # All jobs break at step 2: what was launched after it is told to nobody.
+    broken = {**TERMS, "colours": Colours(dict.fromkeys(range(3), 2))}
+    run(context, targets, terms=broken, callback=note, looks_at=lambda step: False)
+    assert told == [0, 1, 2] and rests == [False] * 3
+
+
 def test_the_order_of_jobs_does_not_matter(context: Context, targets: Targets) -> None:
     forward, backward = run(context, targets), run(context, targets, [2, 1, 0])
     torch.testing.assert_close(forward.ws, backward.ws.flip(0), rtol=1e-9, atol=1e-10)

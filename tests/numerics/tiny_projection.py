@@ -119,6 +119,7 @@ def run(
     first_step: int = 0,
     resume: Sequence[State] | None = None,
     callback: Callable[[Step], None] | None = None,
+    looks_at: Callable[[int], bool] = lambda step: True,
 ) -> Latents:
     seeds = [SEEDS[job] for job in jobs]
     start = start_at_mean(
@@ -141,4 +142,5 @@ def run(
         first_step=first_step,
         resume=resume,
         callback=callback,
+        looks_at=looks_at,
     )

@@ -45,9 +45,12 @@ SPREAD_ROWS, GATHER_ROWS = 16, 32
 """Rows of a strip, forward and backward."""
 STRIP_STAGES, BANDS_STAGES = 4, 3
 """Rows under way at once, and of the way back through bands, which has more loads to a row."""
-PRODUCT, NARROW_PRODUCT = (128, 128, 64, 8, 3), (64, 64, 64, 4, 4)
+PRODUCT, NARROW_PRODUCT = (128, 128, 64, 4, 3), (128, 64, 64, 4, 4)
 """Of a product's program: rows, outputs, terms of a step, warps and steps under way; the second
 with up to 64 inputs or outputs."""
+STREAM = {256: (64, 128, 4, 3, 2), 512: (64, 128, 8, 4, 1)}
+"""Of a product's program that keeps its weights, by bytes of a place's inputs: rows and outputs,
+warps, tiles under way, programs of a multiprocessor."""
 PAINTED_ROWS, PAINTED_PLACES = 32, 64
 """Of a strip of the way back through the image."""
 CHANNELS = 64
@@ -221,6 +224,36 @@ def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _finish(  # type: ignore[no-untyped-def] # pragma: no cover
+    total,
+    constant,
+    bias,
+    place,
+    output,
+    there,
+    leak,
+    C_OUT: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    # What follows a layer's product of some places and outputs: noise, bias, leaky ReLU. If EVEN,
+    # all of them are there, here and below.
+    if CONSTANTS == 1:
+        at, known = constant + place[:, None], there[:, None]
+    else:
+        at = constant + (place[:, None] * C_OUT + output[None, :])
+        known = there[:, None] & (output < C_OUT)[None, :]
+    if EVEN:
+        total += tl.load(at)
+    else:
+        total += tl.load(at, mask=known, other=0.0)
+    if BIAS:
+        total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
+    return tl.where(total > 0, total, leak * total)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     weight,
@@ -240,50 +273,93 @@ def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     C_OUT: tl.constexpr,
     CONSTANTS: tl.constexpr,
     BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
     PAINTS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # [rows, C_IN] · weight [C_OUT, C_IN] turned, constant, bias, leaky ReLU. If PAINTS, also the
     # image of the result, as in `_image_kernel`: `style` [images, C_OUT], `colours` [C_OUT, 16],
-    # `shade` [16]. Then N is C_OUT, and M divides the places of an image.
-    row = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    output = tl.program_id(1) * N + tl.arange(0, N)
+    # `shade` [16]. Then N is C_OUT, and M divides the places of an image. Programs of the same rows
+    # follow each other, so that these are read from memory once.
+    ACROSS: tl.constexpr = (C_OUT + N - 1) // N
+    output = tl.program_id(0) % ACROSS * N + tl.arange(0, N)
+    tile = tl.program_id(0) // ACROSS
+    within = tl.arange(0, M)
+    row = tile * M + within
     there = row < rows
+    x += tl.cast(tile, tl.int64) * (M * C_IN)
+    out += tl.cast(tile, tl.int64) * (M * C_OUT)
     if PAINTS:
         colour = tl.arange(0, 16)
-        which = tl.program_id(0) // (places // M)
-        place = tl.program_id(0) % (places // M) * M + tl.arange(0, M)
         factor = tl.load(colours + output[:, None] * 16 + colour[None, :])
     total = tl.zeros([M, N], dtype=tl.float32)
-    for start in range(0, C_IN, K):
+    for start in tl.range(0, C_IN, K, num_stages=STAGES):
         term = start + tl.arange(0, K)
-        left = tl.load(x + row[:, None] * C_IN + term[None, :], mask=there[:, None], other=0.0)
-        entry = output[None, :] * C_IN + term[:, None]
-        right = tl.load(weight + entry, mask=(output < C_OUT)[None, :], other=0.0)
+        source = x + (within[:, None] * C_IN + term[None, :])
+        entry = weight + (output[None, :] * C_IN + term[:, None])
+        if EVEN:
+            left = tl.load(source)
+            right = tl.load(entry)
+        else:
+            left = tl.load(source, mask=there[:, None], other=0.0)
+            right = tl.load(entry, mask=(output < C_OUT)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
-    shown = there[:, None] & (output < C_OUT)[None, :]
-    if not PAINTS:
-        place = row % places
-    if CONSTANTS == 1:
-        total += tl.load(constant + place, mask=there, other=0.0)[:, None]
+    place = row % places
+    total = _finish(total, constant, bias, place, output, there, leak, C_OUT, CONSTANTS, BIAS, EVEN)
+    to = out + (within[:, None] * C_OUT + output[None, :])
+    if EVEN:
+        tl.store(to, total)
     else:
-        at = place[:, None] * C_OUT + output[None, :]
-        total += tl.load(constant + at, mask=shown, other=0.0)
-    if BIAS:
-        total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
-    total = tl.where(total > 0, total, leak * total)
-    tl.store(out + row[:, None] * C_OUT + output[None, :], total, mask=shown)
+        tl.store(to, total, mask=there[:, None] & (output < C_OUT)[None, :])
     if PAINTS:
-        own = tl.load(style + which.to(tl.int64) * stride + output)[None, :]
+        which = tl.cast(tile // (places // M), tl.int64)
+        own = tl.load(style + which * stride + output)[None, :]
         # Rounded first, as the map is that the way back reads.
         value = (total.to(out.dtype.element_ty).to(tl.float32) * own).to(factor.dtype)
         painted = tl.dot(value, factor, input_precision="ieee")
         painted += tl.load(shade + colour)[None, :]
         height = places // width
-        at = _pixel(which.to(tl.int64), place // width, place % width, colour, height, width)
+        at = _pixel(which, place // width, place % width, colour, height, width)
         tl.store(image + at, painted, mask=there[:, None] & (colour < 12)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _stream_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
+    weight,
+    constant,
+    bias,
+    out,
+    tiles,
+    places,
+    leak,
+    C_IN: tl.constexpr,
+    C_OUT: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The same by programs that keep the weights of their N outputs and have the rows of the next
+    # tiles under way. M divides the rows, and N the outputs.
+    output = tl.program_id(1) * N + tl.arange(0, N)
+    within = tl.arange(0, M)
+    term = tl.arange(0, C_IN)
+    source = within[:, None] * C_IN + term[None, :]
+    right = tl.load(weight + (output[None, :] * C_IN + term[:, None]))
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        left = tl.load(x + tl.cast(tile, tl.int64) * (M * C_IN) + source)
+        total = tl.dot(left, right, input_precision="ieee")
+        place = (tile * M + within) % places
+        total = _finish(
+            total, constant, bias, place, output, within < M, leak, C_OUT, CONSTANTS, BIAS, True
+        )
+        to = out + tl.cast(tile, tl.int64) * (M * C_OUT)
+        tl.store(to + (within[:, None] * C_OUT + output[None, :]), total)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -787,6 +863,45 @@ def _size_product(layer: Any) -> tuple[int, int, int, int, int]:  # pragma: no c
     return m, min(wide, outputs), min(terms, inputs), warps, stages
 
 
+@cache
+def _count_processors(device: torch.device) -> int:  # pragma: no cover
+    if device.type != "cuda":  # interpreted: few, so that each has several tiles
+        return 2
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+def _stream(x: Tensor, layer: Any, out: Tensor) -> bool:  # pragma: no cover
+    """The product by programs that keep their weights; False if they do not fit it."""
+    outputs, inputs = layer.weight.shape
+    sizes = STREAM.get(inputs * x.element_size())
+    rows, places = x.numel() // inputs, x[0].numel() // inputs
+    if sizes is None or rows % sizes[0] or outputs % sizes[1]:
+        return False
+    m, wide, warps, stages, share = sizes
+    across, tiles = outputs // wide, rows // m
+    programs = max(1, share * _count_processors(x.device) // across)
+    _stream_kernel[(min(programs, tiles), across)](
+        x,
+        layer.weight,
+        layer.constant,
+        layer.bias,
+        out,
+        tiles,
+        places,
+        LEAK,
+        C_IN=inputs,
+        C_OUT=outputs,
+        CONSTANTS=layer.constant.shape[-1],
+        BIAS=layer.bias is not None,
+        M=m,
+        N=wide,
+        STAGES=stages,
+        num_warps=warps,
+    )
+    return True
+
+
 def _product(
     x: Tensor,
     layer: Any,
@@ -801,9 +916,11 @@ def _product(
     n, height, width, inputs = x.shape
     outputs = layer.weight.shape[0]
     out = x.new_empty(n, height, width, outputs)
+    if image is None and _stream(x, layer, out):
+        return out
     rows = n * height * width
     m, wide, terms, warps, stages = _size_product(layer)
-    _product_kernel[(triton.cdiv(rows, m), triton.cdiv(outputs, wide))](
+    _product_kernel[(triton.cdiv(rows, m) * triton.cdiv(outputs, wide),)](
         x,
         layer.weight,
         layer.constant,
@@ -822,12 +939,13 @@ def _product(
         C_OUT=outputs,
         CONSTANTS=layer.constant.shape[-1],
         BIAS=layer.bias is not None,
+        EVEN=rows % m == 0 and outputs % wide == 0,
         PAINTS=image is not None,
         M=m,
         N=wide,
         K=terms,
+        STAGES=stages,
         num_warps=warps,
-        num_stages=stages,
     )
     return out
 
