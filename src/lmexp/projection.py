@@ -150,9 +150,8 @@ def project(
         if under_way is not None:
             settle(under_way, None)
         under_way = launch
-        looked_at = step + 1 == schedule.steps or looks_at(step)
-        if looked_at or not runs_ahead:
-            settle(launch, candidate if looked_at else None)
+        if step + 1 == schedule.steps or not runs_ahead or looks_at(step):
+            settle(launch, candidate)
             under_way = None
     if under_way is not None:
         settle(under_way, None)
