@@ -59,6 +59,17 @@ STRIPS = tuple(
         (32, 32, 8, 4),
     )
 )
+BANDS = tuple(
+    {"SPREAD_BANDS": rows, "SPREAD_STAGES": stages, "SPREAD_WARPS": warps, "STRIP_PLACES": places}
+    for rows, stages, warps, places in (
+        (8, 3, 8, 16),
+        (16, 2, 8, 16),
+        (16, 3, 4, 16),
+        (16, 4, 8, 16),
+        (16, 3, 4, 8),
+        (32, 3, 8, 16),
+    )
+)
 PRODUCTS = (
     *(
         {"PRODUCT": sizes, "NARROW_PRODUCT": sizes, "STREAM": {}}
@@ -188,7 +199,8 @@ def list_work(side: int, inputs: int, outputs: int, batch: int) -> Iterator[Work
     styles = torch.randn(batch, 5 * inputs, device="cuda")
     up, style = styles.split([4 * inputs, inputs], dim=1)
     gradient = make(batch, side, side, outputs)
-    yield "spread", lambda: kernels._spread(x, style, taps), STRIPS, 2 * places * inputs
+    if inputs == outputs:
+        yield "spread", lambda: kernels._spread(x, style, taps), STRIPS, 2 * places * inputs
     yield "product", lambda: kernels._product(x, layer), PRODUCTS, places * (inputs + outputs)
     yield "product back", lambda: gradient @ layer.weight, (), places * (inputs + outputs)
     if inputs == outputs:
@@ -200,7 +212,12 @@ def list_work(side: int, inputs: int, outputs: int, batch: int) -> Iterator[Work
         )
         return
     bands = make(batch, side // 2, side // 2, 4 * inputs)
-    yield "merge", lambda: kernels._merge(bands, up), (), 2 * places * inputs
+    yield (
+        "spread bands",
+        lambda: kernels._spread_bands(bands, up, style, taps),
+        BANDS,
+        2 * places * inputs,
+    )
     yield (
         "gather bands",
         lambda: kernels._gather_bands(
@@ -284,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--layers", type=int, nargs="+", help="of the network, from 0; all, unless given"
     )
+    parser.add_argument("--kernels", nargs="+", help="such as spread; all, unless given")
     parser.add_argument("--as-set", action="store_true", help="try no other sizes")
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args(arguments)
@@ -294,6 +312,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def time_all(works: Iterable[Work], layer: tuple[int, int, int] = (0, 0, 0)) -> None:
         for what, call, choices, values in works:
+            if args.kernels and what not in args.kernels:
+                continue
             work = (what, call, () if args.as_set else choices, values)
             found.append(time_work(work, layer, args.bandwidth))
 

@@ -147,8 +147,8 @@ PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("_merge_kernel", {"C": 64, "BLOCK": 1024}),
         ("_spread_kernel", {"C": 64, **WALK}),
+        ("_spread_bands_kernel", {"C": 64, **WALK, "STAGES": 3}),
         ("_gather_kernel", {"C": 64, "MORE": True, **WALK}),
         ("_gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
         ("_product_kernel", {**PRODUCT, "K": 64, "EVEN": False, "PAINTS": False}),
@@ -187,6 +187,7 @@ if __name__ == "__main__":
 
         # Few programs, since each takes a while to be interpreted, and tiles beyond the border.
         mobile_triton.SPREAD_ROWS, mobile_triton.GATHER_ROWS = 6, 12
+        mobile_triton.SPREAD_BANDS = 3
         mobile_triton.ROWS, mobile_triton.PAINTED_ROWS = 16, 6
     found = compare_kernels(sys.argv[1])
     print(len(found), found[-1])

@@ -43,6 +43,8 @@ and what follows was the fastest of ten on an H200, or within some percent of it
 `scripts/time_mobile_layers.py` times others."""
 SPREAD_ROWS, GATHER_ROWS = 16, 32
 """Rows of a strip, forward and backward."""
+SPREAD_BANDS, SPREAD_STAGES, SPREAD_WARPS = 16, 3, 8
+"""Of the strips that are read as bands: rows of bands, rows under way, warps."""
 STRIP_STAGES, BANDS_STAGES = 4, 3
 """Rows under way at once, and of the way back through bands, which has more loads to a row."""
 PRODUCT, NARROW_PRODUCT = (128, 128, 64, 4, 3), (128, 64, 64, 4, 4)
@@ -57,8 +59,6 @@ CHANNELS = 64
 """Channels of a step of the image's sum."""
 OUTPUTS = 128
 """Most channels of a result that a program of the way back through the image computes."""
-BLOCK = 1024
-"""Elements of a program where elements are strangers to each other."""
 COLOURS = 16
 """Columns of the product that gives four pixels of three colours, padded."""
 ADDED, ADDED_TILES, ADDED_WARPS = 16, 64, 4
@@ -143,45 +143,6 @@ def _add(this, that, before, left, right, after, a, b, c):  # type: ignore[no-un
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _merge_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
-    x,
-    up,
-    stride,
-    out,
-    count,
-    height,
-    width,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    # Inverse Haar transform of modulated bands; an element is a place and channel of a band. The
-    # style `up` of the next image is `stride` further, here and below: styles are columns of one
-    # tensor.
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    there = at < count
-    channel = at % C
-    place = at // C
-    image = place // (height * width)
-    source = x + place * (4 * C) + channel
-    scale = up + image * stride + channel
-    low = tl.load(source, mask=there, other=0.0).to(tl.float32)
-    low *= tl.load(scale, mask=there, other=0.0)
-    rows = tl.load(source + C, mask=there, other=0.0).to(tl.float32)
-    rows *= tl.load(scale + C, mask=there, other=0.0)
-    columns = tl.load(source + 2 * C, mask=there, other=0.0).to(tl.float32)
-    columns *= tl.load(scale + 2 * C, mask=there, other=0.0)
-    both = tl.load(source + 3 * C, mask=there, other=0.0).to(tl.float32)
-    both *= tl.load(scale + 3 * C, mask=there, other=0.0)
-    # Of the result, twice as wide: place (2 i, 2 j).
-    row = place // width
-    first = out + (row * (4 * width) + 2 * (place % width)) * C + channel
-    tl.store(first, low + rows + columns + both, mask=there)
-    tl.store(first + C, low + rows - columns - both, mask=there)
-    tl.store(first + 2 * width * C, low - rows + columns - both, mask=there)
-    tl.store(first + (2 * width + 1) * C, low - rows - columns + both, mask=there)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     x,
     style,
@@ -224,17 +185,108 @@ def _spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _four(bands, up, at, there, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # The four bands of some places, each [places, channels], modulated.
+    low = tl.load(bands + at, mask=there, other=0.0).to(tl.float32) * up[0]
+    rows = tl.load(bands + at + C, mask=there, other=0.0).to(tl.float32) * up[1]
+    columns = tl.load(bands + at + 2 * C, mask=there, other=0.0).to(tl.float32) * up[2]
+    both = tl.load(bands + at + 3 * C, mask=there, other=0.0).to(tl.float32) * up[3]
+    return low + rows, low - rows, columns + both, columns - both
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _two_rows(bands, up, row, place, channel, height, width, C: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # The inverse Haar transform of a row of bands [height, width, 4 C]: of the upper and of the
+    # lower row that it makes, both pixels of each place between their neighbours.
+    there = (row >= 0) & (row < height) & (place < width)
+    at = ((row * width + place) * (4 * C))[:, None] + channel[None, :]
+    above, below, across, apart = _four(bands, up, at, there[:, None], C)
+    left, right = above + across, above - across
+    low_left, low_right = below + apart, below - apart
+    known = (there & (place > 0))[:, None]
+    above, below, across, apart = _four(bands, up, at - 4 * C, known, C)
+    before, low_before = above - across, below - apart
+    known = (there & (place + 1 < width))[:, None]
+    above, below, across, apart = _four(bands, up, at + 4 * C, known, C)
+    after, low_after = above + across, below + apart
+    return before, left, right, after, low_before, low_left, low_right, low_after
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _spread_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
+    x,
+    up,
+    up_stride,
+    style,
+    stride,
+    taps,
+    out,
+    height,
+    width,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLACES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    # The same of modulated bands x [height, width, 4 C], by their inverse Haar transform, which is
+    # stored nowhere. ROWS is of the bands; the style `up` of the next image is `up_stride` further.
+    image, first, column = _strip(tl.program_id(0), height, 2 * width, ROWS, PLACES)
+    place = column // 2
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    x += image * height * width * (4 * C)
+    out += image * height * width * (4 * C)
+    own = tl.load(style + image * stride + channel)[None, :]
+    t0, t1, t2, t3, t4, t5, t6, t7, t8 = _taps(taps, channel, C, False)
+    up += image * up_stride + channel
+    bands = (
+        tl.load(up)[None, :] * own,
+        tl.load(up + C)[None, :] * own,
+        tl.load(up + 2 * C)[None, :] * own,
+        tl.load(up + 3 * C)[None, :] * own,
+    )
+    # Of the upper row of `first`, what the row above it adds; nothing yet of that one itself.
+    _, _, _, _, a, b, c, d = _two_rows(x, bands, first - 1, place, channel, height, width, C)
+    left, right = _weigh(a, b, c, d, t0, t1, t2)
+    last_left, last_right = tl.zeros_like(left), tl.zeros_like(right)
+    for row in tl.range(first, first + ROWS + 1, num_stages=STAGES):
+        e, f, g, h, a, b, c, d = _two_rows(x, bands, row, place, channel, height, width, C)
+        last_left, last_right = _add(last_left, last_right, e, f, g, h, t6, t7, t8)
+        left, right = _add(left, right, e, f, g, h, t3, t4, t5)
+        left, right = _add(left, right, a, b, c, d, t6, t7, t8)
+        at = out + ((2 * row * (2 * width) + column) * C)[:, None] + channel[None, :]
+        # The lower row of the bands before, and this one's upper row.
+        there = (row > first) & (row <= height) & (place < width)
+        tl.store(at - 2 * width * C, last_left, mask=there[:, None])
+        tl.store(at - 2 * width * C + C, last_right, mask=there[:, None])
+        there = (row < first + ROWS) & (row < height) & (place < width)
+        tl.store(at, left, mask=there[:, None])
+        tl.store(at + C, right, mask=there[:, None])
+        last_left, last_right = _weigh(e, f, g, h, t0, t1, t2)
+        last_left, last_right = _add(last_left, last_right, a, b, c, d, t3, t4, t5)
+        left, right = _weigh(a, b, c, d, t0, t1, t2)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shift(bias, output, C_OUT: tl.constexpr, N: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
+    # What is added to some outputs of all places.
+    shift = tl.zeros([1, N], dtype=tl.float32)
+    if BIAS:
+        shift += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
+    return shift
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _finish(  # type: ignore[no-untyped-def] # pragma: no cover
     total,
     constant,
-    bias,
+    shift,
     place,
     output,
     there,
     leak,
     C_OUT: tl.constexpr,
     CONSTANTS: tl.constexpr,
-    BIAS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     # What follows a layer's product of some places and outputs: noise, bias, leaky ReLU. If EVEN,
@@ -245,11 +297,9 @@ def _finish(  # type: ignore[no-untyped-def] # pragma: no cover
         at = constant + (place[:, None] * C_OUT + output[None, :])
         known = there[:, None] & (output < C_OUT)[None, :]
     if EVEN:
-        total += tl.load(at)
+        total += tl.load(at) + shift
     else:
-        total += tl.load(at, mask=known, other=0.0)
-    if BIAS:
-        total += tl.load(bias + output, mask=output < C_OUT, other=0.0)[None, :]
+        total += tl.load(at, mask=known, other=0.0) + shift
     return tl.where(total > 0, total, leak * total)
 
 
@@ -308,7 +358,8 @@ def _product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
             right = tl.load(entry, mask=(output < C_OUT)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision="ieee")
     place = row % places
-    total = _finish(total, constant, bias, place, output, there, leak, C_OUT, CONSTANTS, BIAS, EVEN)
+    shift = _shift(bias, output, C_OUT, N, BIAS)
+    total = _finish(total, constant, shift, place, output, there, leak, C_OUT, CONSTANTS, EVEN)
     to = out + (within[:, None] * C_OUT + output[None, :])
     if EVEN:
         tl.store(to, total)
@@ -351,13 +402,13 @@ def _stream_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     term = tl.arange(0, C_IN)
     source = within[:, None] * C_IN + term[None, :]
     right = tl.load(weight + (output[None, :] * C_IN + term[:, None]))
+    shift = _shift(bias, output, C_OUT, N, BIAS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         left = tl.load(x + tl.cast(tile, tl.int64) * (M * C_IN) + source)
         total = tl.dot(left, right, input_precision="ieee")
         place = (tile * M + within) % places
-        total = _finish(
-            total, constant, bias, place, output, within < M, leak, C_OUT, CONSTANTS, BIAS, True
-        )
+        there = within < M
+        total = _finish(total, constant, shift, place, output, there, leak, C_OUT, CONSTANTS, True)
         to = out + tl.cast(tile, tl.int64) * (M * C_OUT)
         tl.store(to + (within[:, None] * C_OUT + output[None, :]), total)
 
@@ -837,21 +888,34 @@ def _add_up(
 # leave partial sums where they are told, see `_make_room`.
 
 
-def _merge(x: Tensor, up: Tensor) -> Tensor:  # pragma: no cover
-    n, height, width, bands = x.shape
-    out = x.new_empty(n, 2 * height, 2 * width, bands // 4)
-    count = x.numel() // 4
-    grid = (triton.cdiv(count, BLOCK),)
-    _merge_kernel[grid](x, up, up.stride(0), out, count, height, width, C=bands // 4, BLOCK=BLOCK)
-    return out
-
-
 def _spread(x: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cover
     """Modulation and depthwise 3×3 of x [N, h, w, C]."""
     n, height, width, channels = x.shape
     out = torch.empty_like(x)
     grid, sizes = _walk(SPREAD_ROWS, n, height, width, channels)
     _spread_kernel[grid](x, style, style.stride(0), taps, out, height, width, C=channels, **sizes)
+    return out
+
+
+def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cover
+    """The same of the map [N, 2 h, 2 w, C] that bands x [N, h, w, 4 C] make, modulated by `up`."""
+    n, height, width, bands = x.shape
+    channels = bands // 4
+    out = x.new_empty(n, 2 * height, 2 * width, channels)
+    grid, sizes = _walk(2 * SPREAD_BANDS, n, 2 * height, 2 * width, channels)
+    _spread_bands_kernel[grid](
+        x,
+        up,
+        up.stride(0),
+        style,
+        style.stride(0),
+        taps,
+        out,
+        height,
+        width,
+        C=channels,
+        **sizes | {"ROWS": SPREAD_BANDS, "STAGES": SPREAD_STAGES, "num_warps": SPREAD_WARPS},
+    )
     return out
 
 
@@ -1147,7 +1211,8 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
         for block in tail.blocks:
             up, first, second = given[:3]
             del given[:3]
-            maps.append(_layer(_merge(maps[-1], up), first, block.conv1))
+            merged = _spread_bands(maps[-1], up, first, block.conv1.taps)
+            maps.append(_product(merged, block.conv1))
             if block is last:
                 y, images = _last_layer(maps[-1], second, block.conv2, given[0], head)
                 maps.append(y)
