@@ -60,15 +60,8 @@ STRIPS = tuple(
     )
 )
 BANDS = tuple(
-    {"SPREAD_BANDS": rows, "SPREAD_STAGES": stages, "SPREAD_WARPS": warps, "STRIP_PLACES": places}
-    for rows, stages, warps, places in (
-        (8, 3, 8, 16),
-        (16, 2, 8, 16),
-        (16, 3, 4, 16),
-        (16, 4, 8, 16),
-        (16, 3, 4, 8),
-        (32, 3, 8, 16),
-    )
+    {"SPREAD_BANDS": rows, "SPREAD_STAGES": stages, "SPREAD_VALUES": values}
+    for rows, stages, values in ((8, 3, 1024), (16, 2, 1024), (16, 3, 512), (32, 3, 1024))
 )
 PRODUCTS = (
     *(
@@ -87,13 +80,8 @@ PRODUCTS = (
     ),
 )
 PAINTING = tuple(
-    {"PRODUCT": sizes, "NARROW_PRODUCT": sizes}
-    for sizes in (
-        (64, 64, 64, 4, 4),
-        (64, 64, 64, 8, 4),
-        (128, 64, 64, 8, 4),
-        (256, 64, 64, 8, 4),
-    )
+    {"PAINTING_PRODUCT": sizes}
+    for sizes in ((64, 64, 64, 4, 3), (64, 64, 64, 8, 4), (128, 64, 64, 4, 4), (128, 64, 64, 8, 4))
 )
 PAINTED = tuple(
     {"PAINTED_ROWS": rows, "PAINTED_PLACES": places, "WARPS": warps}

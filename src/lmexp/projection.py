@@ -4,8 +4,8 @@ Batch-first: N jobs run at once and are strangers to each other. Row k of every 
 k's: its parameters, its Adam moments, its random draws, its place in the schedule. So job k alone
 gives what job k gives in a batch, and a step is the same few operations whatever N: on a GPU one
 CUDA graph (`context.acceleration.graphs`), which is replayed with new numbers at every step. The
-GPU never waits for the host: the next step is launched before this one's losses are read, and
-whatever those decide is decided on the device.
+GPU does not wait for the host: later steps are launched before a step's losses are read, and what
+must be decided at once is decided on the device.
 Source: the projector of StyleGAN2 (arXiv 1912.04958, appendix D) with the landmark term
 of L. Uzolas, "Facial landmark projection without training" (2021).
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -36,6 +37,10 @@ log = logging.getLogger("lmexp")
 State = dict[str, Tensor]
 """One job's parameters and Adam moments, all that a resumed run needs beside the step."""
 
+_AHEAD = 3
+"""Steps that a GPU may be ahead of the host: it goes on while that writes records, or is kept from
+its work for some milliseconds, as on machines that are shared."""
+
 _WARM_UP = 3
 """Steps taken one operation at a time before a CUDA graph is captured: what they compile, choose
 and allocate must not happen within it."""
@@ -49,7 +54,7 @@ class Step:
         step: 0-based index of the step that was just taken.
         learning_rates: per job, the one it was taken with.
         losses: of the images before the step was taken, on the CPU.
-        candidate: those images and latents; the next step may overwrite them. None: that is under
+        candidate: those images and latents; the next step may overwrite them. None: it is under
             way, see `looks_at` of `project`.
         alive: per job, False once its losses or gradients have stopped being finite. A
             dead job stays at its last good latents and takes no further step.
@@ -96,8 +101,8 @@ def project(
             has `dead` in it takes no further step.
         callback: called after every step; an exception it raises ends the projection.
         looks_at: whether the callback will read a step's candidate and states, and not its losses
-            alone; asked when it has been told of all steps before. On a GPU the step after one that
-            it does not look at is under way when it is told of that.
+            alone; asked when the step has been launched, and before the callback is told of it. On
+            a GPU the steps after one that it does not look at are under way then.
 
     Returns:
         The latents after the last step, [N, ...] as `start`.
@@ -133,7 +138,7 @@ def project(
             )
         )
 
-    under_way: _Launch | None = None
+    under_way: deque[_Launch] = deque()
     for step in range(first_step, schedule.steps):
         positions = [job.position(step) for job in jobs]
         moving = [
@@ -147,14 +152,15 @@ def project(
         launch = batch.launched(step, positions, moving)
         if step + 1 < schedule.steps:
             batch.prepare(step + 1, [job.position(step + 1) for job in jobs], moving)
-        if under_way is not None:
-            settle(under_way, None)
-        under_way = launch
-        if step + 1 == schedule.steps or not runs_ahead or looks_at(step):
+        rests = step + 1 == schedule.steps or not runs_ahead or looks_at(step)
+        while len(under_way) > (0 if rests else _AHEAD - 1):
+            settle(under_way.popleft(), None)
+        if rests:
             settle(launch, candidate)
-            under_way = None
-    if under_way is not None:
-        settle(under_way, None)
+        else:
+            under_way.append(launch)
+    for launch in under_way:
+        settle(launch, None)
     return batch.latents()
 
 

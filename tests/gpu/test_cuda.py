@@ -105,6 +105,7 @@ def project_tiny(
     first_step: int = 0,
     resume: list[State] | None = None,
     callback: Callable[[Step], None] | None = None,
+    looks_at: Callable[[int], bool] = lambda step: True,
 ) -> Latents:
     device = torch.device("cuda")
     generator: Any = TinyRandom(resolution=32, dim=16, channels=8).to(device)
@@ -125,6 +126,7 @@ def project_tiny(
         first_step=first_step,
         resume=resume,
         callback=callback,
+        looks_at=looks_at,
     )
 
 
@@ -185,6 +187,7 @@ def test_replaying_a_graph_is_taking_the_steps() -> None:
 
         def note(step: Step, graphs: bool = graphs) -> None:
             totals[graphs].append(step.losses.total.detach().clone())
+            assert step.candidate is not None
             images[graphs].append(step.candidate.images.detach().clone())
 
         final[graphs] = project_tiny(graphs=graphs, callback=note)
@@ -198,6 +201,35 @@ def test_replaying_a_graph_is_taking_the_steps() -> None:
         torch.testing.assert_close(
             noise.square().mean((1, 2, 3)), torch.ones(3, device="cuda"), rtol=1e-4, atol=0
         )
+
+
+@pytest.mark.parametrize("nan_from", [None, 8])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_steps_that_are_launched_ahead_are_the_same_steps(
+    graphs: bool, nan_from: int | None
+) -> None:
+    """Also where a job dies, which the host learns when its next steps are under way."""
+    told: dict[bool, list[tuple[bool, ...]]] = {False: [], True: []}
+    totals: dict[bool, list[Tensor]] = {False: [], True: []}
+    final = {}
+    for ahead in (False, True):
+
+        def note(step: Step, ahead: bool = ahead) -> None:
+            told[ahead].append((step.at_rest, *step.alive))
+            totals[ahead].append(step.losses.total)
+
+        final[ahead] = project_tiny(
+            graphs=graphs,
+            colours=Colours(nan_from=nan_from),
+            callback=note,
+            looks_at=lambda step, ahead=ahead: not ahead or step % 5 == 4,
+        )
+    assert [rests for rests, *_ in told[False]] == [True] * 12
+    assert [step for step, (rests, *_) in enumerate(told[True]) if rests] == [4, 9, 11]
+    assert [alive for _, *alive in told[True]] == [alive for _, *alive in told[False]]
+    for one, other in zip(totals[True], totals[False], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3, equal_nan=True)
+    torch.testing.assert_close(final[True].ws, final[False].ws, rtol=0, atol=5e-3)
 
 
 def test_a_stopped_graph_goes_on() -> None:

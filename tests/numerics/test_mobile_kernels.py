@@ -47,7 +47,8 @@ def compare_kernels(device: str) -> list[float]:
     from lmexp.generators import mobile_triton
 
     errors = []
-    usual = mobile_triton.PRODUCT, mobile_triton.NARROW_PRODUCT
+    names = ("PRODUCT", "NARROW_PRODUCT", "PAINTING_PRODUCT")
+    usual = [getattr(mobile_triton, name) for name in names]
     for with_head in (False, True):
         tail = build(with_head)
         assert tail.has_kernels and len(tail.blocks) == (1 if with_head else 2)
@@ -61,7 +62,7 @@ def compare_kernels(device: str) -> list[float]:
             side = 16 if with_head else 32
             outer = torch.randn(count, 3, side, side)
             # A program of fewer outputs than the last layer has cannot make the image.
-            sizes = [(64, 32, 32, 4, 2)] * 2 if count == 1 else usual
+            sizes = [(64, 32, 32, 4, 2)] * 3 if count == 1 else usual
             # Once by programs that keep their weights, where they fit, and once by the others.
             streams = mobile_triton.STREAM if count == 3 else {}
             processors = mock.Mock(wraps=mobile_triton._count_processors)
@@ -74,8 +75,7 @@ def compare_kernels(device: str) -> list[float]:
                 paint = functools.partial(mobile_triton.paint, tail) if fast else tail
                 with mock.patch.multiple(
                     mobile_triton,
-                    PRODUCT=sizes[0],
-                    NARROW_PRODUCT=sizes[1],
+                    **dict(zip(names, sizes, strict=True)),
                     STREAM=streams,
                     _count_processors=processors,
                     _image=apart,

@@ -43,13 +43,14 @@ and what follows was the fastest of ten on an H200, or within some percent of it
 `scripts/time_mobile_layers.py` times others."""
 SPREAD_ROWS, GATHER_ROWS = 16, 32
 """Rows of a strip, forward and backward."""
-SPREAD_BANDS, SPREAD_STAGES, SPREAD_WARPS = 16, 3, 8
-"""Of the strips that are read as bands: rows of bands, rows under way, warps."""
+SPREAD_BANDS, SPREAD_STAGES, SPREAD_VALUES = 16, 3, 1024
+"""Of the strips that are read as bands: rows of bands, rows under way, values of a row."""
 STRIP_STAGES, BANDS_STAGES = 4, 3
 """Rows under way at once, and of the way back through bands, which has more loads to a row."""
 PRODUCT, NARROW_PRODUCT = (128, 128, 64, 4, 3), (128, 64, 64, 4, 4)
+PAINTING_PRODUCT = (64, 64, 64, 4, 4)
 """Of a product's program: rows, outputs, terms of a step, warps and steps under way; the second
-with up to 64 inputs or outputs."""
+with up to 64 inputs or outputs, the third with the image."""
 STREAM = {256: (64, 128, 4, 3, 2), 512: (64, 128, 8, 4, 1)}
 """Of a product's program that keeps its weights, by bytes of a place's inputs: rows and outputs,
 warps, tiles under way, programs of a multiprocessor."""
@@ -902,8 +903,11 @@ def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:
     n, height, width, bands = x.shape
     channels = bands // 4
     out = x.new_empty(n, 2 * height, 2 * width, channels)
-    grid, sizes = _walk(2 * SPREAD_BANDS, n, 2 * height, 2 * width, channels)
-    _spread_bands_kernel[grid](
+    narrow = min(channels, STRIP_CHANNELS)
+    # Shorter strips of small maps, so that there are enough of them.
+    places = max(8, min(SPREAD_VALUES // narrow, width // 4))
+    tiles = _tiles(SPREAD_BANDS, places, n, height, width)
+    _spread_bands_kernel[(tiles, channels // narrow)](
         x,
         up,
         up.stride(0),
@@ -914,16 +918,21 @@ def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:
         height,
         width,
         C=channels,
-        **sizes | {"ROWS": SPREAD_BANDS, "STAGES": SPREAD_STAGES, "num_warps": SPREAD_WARPS},
+        ROWS=SPREAD_BANDS,
+        PLACES=places,
+        CHANNELS=narrow,
+        STAGES=SPREAD_STAGES,
+        num_warps=STRIP_WARPS,
     )
     return out
 
 
-def _size_product(layer: Any) -> tuple[int, int, int, int, int]:  # pragma: no cover
+def _size_product(layer: Any, paints: bool) -> tuple[int, int, int, int, int]:  # pragma: no cover
     """See `PRODUCT`, for a layer."""
     outputs, inputs = layer.weight.shape
     narrow = min(inputs, outputs) <= NARROW_PRODUCT[1]
-    m, wide, terms, warps, stages = NARROW_PRODUCT if narrow else PRODUCT
+    sizes = PAINTING_PRODUCT if paints else NARROW_PRODUCT if narrow else PRODUCT
+    m, wide, terms, warps, stages = sizes
     return m, min(wide, outputs), min(terms, inputs), warps, stages
 
 
@@ -983,7 +992,7 @@ def _product(
     if image is None and _stream(x, layer, out):
         return out
     rows = n * height * width
-    m, wide, terms, warps, stages = _size_product(layer)
+    m, wide, terms, warps, stages = _size_product(layer, image is not None)
     _product_kernel[(triton.cdiv(rows, m) * triton.cdiv(outputs, wide),)](
         x,
         layer.weight,
@@ -1054,7 +1063,7 @@ def _last_layer(
     """The layer before a head of one product, and the image, of which `own` is the style."""
     x = _spread(x, style, layer.taps)
     n, height, width, _ = x.shape
-    m, wide, *_ = _size_product(layer)
+    m, wide, *_ = _size_product(layer, True)
     # A program that paints needs all channels of its places, and those of one image.
     if wide < len(layer.weight) or height * width % m:
         y = _product(x, layer)
@@ -1211,8 +1220,8 @@ class _Tail(torch.autograd.Function):  # pragma: no cover
         for block in tail.blocks:
             up, first, second = given[:3]
             del given[:3]
-            merged = _spread_bands(maps[-1], up, first, block.conv1.taps)
-            maps.append(_product(merged, block.conv1))
+            conv: Any = block.conv1
+            maps.append(_product(_spread_bands(maps[-1], up, first, conv.taps), conv))
             if block is last:
                 y, images = _last_layer(maps[-1], second, block.conv2, given[0], head)
                 maps.append(y)
