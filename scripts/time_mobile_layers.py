@@ -61,7 +61,7 @@ STRIPS = tuple(
 )
 BANDS = tuple(
     {"SPREAD_BANDS": rows, "SPREAD_STAGES": stages, "SPREAD_VALUES": values}
-    for rows, stages, values in ((8, 3, 1024), (16, 2, 1024), (16, 3, 512), (32, 3, 1024))
+    for rows, stages, values in ((16, 3, 1024), (32, 2, 1024), (32, 3, 512), (64, 3, 1024))
 )
 PRODUCTS = (
     *(

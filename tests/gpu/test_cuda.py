@@ -38,6 +38,19 @@ TINY = [
     "figure=[triptych]",
 ]
 
+LARGE = [
+    "experiment=debug",
+    "generator=stylegan2_random",
+    "generator.resolution=256",
+    "loss=[landmarks,noise]",
+    "latent.start=mean",
+    "figure=[]",
+    "hardware=cuda",
+    # The search for the fastest convolutions takes longer than all else, at each batch's size.
+    "hardware.tune_convolutions=false",
+]
+"""A network whose jobs take much memory, of what is packaged alone."""
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU here"),
@@ -285,15 +298,12 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["optimizer.steps=6", "latent.start=mean", "tracker=none"]
-    words += ["scores=none", "figure=[]", "inputs.look=generated:1", "recording.video_frames=0"]
+    words = [*LARGE, "optimizer.steps=6", "recording.video_frames=0"]
 
     def sweep(jobs: int, folder: str) -> int:
         """Bytes that a batch of so many jobs takes of the GPU at most."""
         seeds = f"seed={','.join(map(str, range(jobs)))}"
-        # The search for the fastest convolutions takes longer than all else, at each batch's size.
-        more = ["-m", seeds, "hardware=cuda", f"hardware.batch_size={jobs}"]
-        more.append("hardware.tune_convolutions=false")
+        more = ["-m", seeds, f"hardware.batch_size={jobs}"]
         monkeypatch.setattr(sys, "argv", ["lmexp", *words, *more, f"output_dir={folder}"])
         gc.collect()
         torch.cuda.empty_cache()
@@ -319,8 +329,7 @@ def test_a_batch_too_large_for_the_memory_is_halved_and_ends(
 
 def test_the_size_of_a_batch_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["optimizer.steps=4", "latent.start=mean", "tracker=none", "scores=none", "figure=[]"]
-    words += ["-m", "seed=1,2,3", "hardware=cuda", "output_dir=runs"]
+    words = [*LARGE, "optimizer.steps=4", "-m", "seed=1,2,3", "output_dir=runs"]
     monkeypatch.setattr(sys, "argv", ["lmexp", *words])
     cli.main()
     summaries = [json.loads(p.read_text()) for p in Path("runs").glob("**/summary.json")]
@@ -332,9 +341,9 @@ def test_a_sweep_on_all_gpus_uses_each_and_leaves_the_others_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["optimizer.steps=60", "latent.start=mean", "tracker=none", "scores=none", "figure=[]"]
+    words = [*LARGE, "optimizer.steps=60"]
     seeds = ",".join(map(str, range(8)))
-    words += ["-m", f"seed={seeds}", "hardware=cuda", "hardware.devices=all", "output_dir=runs"]
+    words += ["-m", f"seed={seeds}", "hardware.devices=all", "output_dir=runs"]
     monkeypatch.setattr(
         sys, "argv", ["lmexp", *words, "hardware.batch_size=2", "recording.video_frames=0"]
     )

@@ -93,6 +93,29 @@ def test_steps_that_are_launched_ahead_are_the_same_steps(
     assert (ahead_of[-2][2] == (True, True, True)) == (nan_at is None)
 
 
+def test_beside_a_gpu_the_host_computes_on_one_thread(
+    context: Context, targets: Targets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    counts: list[int] = []
+
+    def count(step: Step) -> None:
+        counts.append(torch.get_num_threads())
+        if step.step == 2:
+            raise RuntimeError("enough")
+
+    try:
+        for aside in (False, True):
+            monkeypatch.setattr(projection, "_works_aside", lambda _, aside=aside: aside)
+            with pytest.raises(RuntimeError, match="enough"):
+                run(context, targets, callback=count)
+            assert torch.get_num_threads() == 3
+        assert counts == [3] * 3 + [1] * 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_step_is_launched_ahead_of_a_plateau_or_of_nothing(
     context: Context, targets: Targets, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ and what follows was the fastest of ten on an H200, or within some percent of it
 `scripts/time_mobile_layers.py` times others."""
 SPREAD_ROWS, GATHER_ROWS = 16, 32
 """Rows of a strip, forward and backward."""
-SPREAD_BANDS, SPREAD_STAGES, SPREAD_VALUES = 16, 3, 1024
+SPREAD_BANDS, SPREAD_STAGES, SPREAD_VALUES = 32, 3, 1024
 """Of the strips that are read as bands: rows of bands, rows under way, values of a row."""
 STRIP_STAGES, BANDS_STAGES = 4, 3
 """Rows under way at once, and of the way back through bands, which has more loads to a row."""
@@ -904,9 +904,10 @@ def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:
     channels = bands // 4
     out = x.new_empty(n, 2 * height, 2 * width, channels)
     narrow = min(channels, STRIP_CHANNELS)
-    # Shorter strips of small maps, so that there are enough of them.
+    # Smaller strips of small maps, so that there are enough of them.
     places = max(8, min(SPREAD_VALUES // narrow, width // 4))
-    tiles = _tiles(SPREAD_BANDS, places, n, height, width)
+    rows = min(SPREAD_BANDS, max(4, height // 4))
+    tiles = _tiles(rows, places, n, height, width)
     _spread_bands_kernel[(tiles, channels // narrow)](
         x,
         up,
@@ -918,7 +919,7 @@ def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:
         height,
         width,
         C=channels,
-        ROWS=SPREAD_BANDS,
+        ROWS=rows,
         PLACES=places,
         CHANNELS=narrow,
         STAGES=SPREAD_STAGES,
