@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lmexp.jobs import Job, Outcome, Settle
 from lmexp.landmarks.decoding import decode
-from lmexp.losses.protocol import Candidate
 from lmexp.projection import Step
+from lmexp.recording.images import shrink, to_pictures
 from lmexp.recording.progress import ProgressBar
+from lmexp.recording.run_folder import Picture
 from lmexp.stopping import Interrupted, StopRequest
 
 
@@ -43,11 +46,8 @@ class Follower:
 
     def looks_at(self, step: int) -> bool:
         """Whether more than the losses of a step is wanted: pictures, or every job's state."""
-        return self._is_due() or any(
-            job.recorder.wants_image(step)
-            for index, job in self._members
-            if index not in self._settled
-        )
+        # The jobs of a batch differ in nothing that decides when they want pictures.
+        return self._is_due() or self._members[0][1].recorder.wants_picture(step)
 
     def __call__(self, step: Step) -> None:
         """Record `step`.
@@ -57,6 +57,7 @@ class Follower:
             DiskFullError, LmexpError: the numbers or a state cannot be written.
         """
         numbers = _read_losses(step)
+        shown = self._show(step)
         for k, (index, job) in enumerate(self._members):
             if index in self._settled or step.finished[k]:
                 continue
@@ -64,7 +65,16 @@ class Follower:
             if not step.alive[k]:
                 self._bury(index, job, step, k, raw)
                 continue
-            self._record(job, step, k, raw, weighted, total)
+            picture, landmarks = shown[k]
+            job.recorder.record_step(
+                step.step,
+                lr=step.learning_rates[k],
+                loss=total,
+                raw=raw,
+                weighted=weighted,
+                picture=picture,
+                landmarks=landmarks,
+            )
         means = {
             name: sum(job[1][name] for job in numbers) / len(numbers) for name in numbers[0][1]
         }
@@ -72,27 +82,16 @@ class Follower:
         if step.at_rest and self._is_due():
             self._save_or_stop(step)
 
-    def _record(
-        self,
-        job: Job,
-        step: Step,
-        k: int,
-        raw: dict[str, float],
-        weighted: dict[str, float],
-        total: float,
-    ) -> None:
-        image = landmarks = None
-        if step.candidate is not None and job.recorder.wants_image(step.step):
-            image, landmarks = _show(step.candidate, k)
-        job.recorder.record_step(
-            step.step,
-            lr=step.learning_rates[k],
-            loss=total,
-            raw=raw,
-            weighted=weighted,
-            image=image,
-            landmarks=landmarks,
-        )
+    @torch.no_grad()
+    def _show(self, step: Step) -> Sequence[tuple[Picture | None, NDArray[np.float32] | None]]:
+        """Each job's picture and the landmarks on it, if they are wanted; all at once, because
+        each of them alone takes as many launches."""
+        recorder, candidate = self._members[0][1].recorder, step.candidate
+        if candidate is None or not recorder.wants_picture(step.step):
+            return [(None, None)] * len(self._members)
+        side = recorder.choose_side(candidate.images.shape[-1])
+        landmarks = decode(candidate.heatmaps.detach(), side).float().cpu().numpy()
+        return list(zip(to_pictures(shrink(candidate.images, side)), landmarks, strict=True))
 
     def _bury(self, index: int, job: Job, step: Step, k: int, raw: dict[str, float]) -> None:
         bad = [name for name, value in raw.items() if value != value or abs(value) == float("inf")]
@@ -122,13 +121,6 @@ class Follower:
         self._saved_at = time.monotonic()
         if stop:
             raise Interrupted
-
-
-@torch.no_grad()
-def _show(candidate: Candidate, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A job's image [3, R, R] and its landmarks [68, 2], px."""
-    image = candidate.images[k].detach()
-    return image, decode(candidate.heatmaps[k : k + 1].detach(), image.shape[-1])[0]
 
 
 def _read_losses(step: Step) -> list[tuple[dict[str, float], dict[str, float], float]]:

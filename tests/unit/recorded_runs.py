@@ -112,16 +112,19 @@ def record_run(
         }
         weights = {"lpips": 1.0, "landmarks": 0.05 * strength, "prior": 0.005}
         weighted = {name: weights[name] * value for name, value in raw.items()}
-        shown = recorder.wants_image(step)
-        image = astronaut(side, turn=turns[0] + 6 * share, blur=3 * (1 - share))
+        picture = points = None
+        if recorder.wants_picture(step):
+            small, turn = recorder.choose_side(side), turns[0] + 6 * share
+            picture = np.asarray(astronaut(small, turn=turn, blur=3 * (1 - share)))
+            points = face_landmarks(small, 0.3 * share, turn).numpy()
         recorder.record_step(
             step,
             lr=0.1 * min(1.0, 4 * (1 - share)),
             loss=sum(weighted.values()),
             raw=raw,
             weighted=weighted,
-            image=image_tensor(image) if shown else None,
-            landmarks=face_landmarks(side, 0.3 * share, turns[0] + 6 * share) if shown else None,
+            picture=picture,
+            landmarks=points,
         )
     if stop_after is None:
         nme = {name: round(float(2 + 4 * random.random() / strength), 3) for name in GROUPS}

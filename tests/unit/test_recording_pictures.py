@@ -10,7 +10,15 @@ from recorded_runs import face_landmarks
 
 from lmexp.errors import LmexpError
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.recording.images import draw_landmarks, join_panels, resize, to_image, to_picture
+from lmexp.recording.images import (
+    draw_landmarks,
+    join_panels,
+    resize,
+    shrink,
+    to_image,
+    to_picture,
+    to_pictures,
+)
 from lmexp.recording.video import write_video
 
 
@@ -26,6 +34,17 @@ def test_every_level_survives_the_way_through_a_tensor() -> None:
     assert image.shape == (3, 16, 16)
     assert float(image.min()) == -1.0 and float(image.max()) == 1.0
     assert np.array_equal(to_picture(image), picture)
+
+
+def test_several_images_are_shrunk_and_converted_as_each_of_them_is() -> None:
+    images = torch.rand(3, 3, 48, 48) * 2 - 1
+    small = shrink(images, 20)
+    assert small.shape == (3, 3, 20, 20) and shrink(images, 48) is images
+    assert (small.mean((2, 3)) - images.mean((2, 3))).abs().max() < 0.02
+    for picture, image in zip(to_pictures(small), small, strict=True):
+        assert picture.shape == (20, 20, 3) and np.array_equal(picture, to_picture(image))
+    each = torch.cat([shrink(image[None], 20) for image in images])
+    torch.testing.assert_close(small, each)
 
 
 def test_landmarks_are_drawn_where_they_are_and_nowhere_else() -> None:

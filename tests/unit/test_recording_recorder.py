@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from recorded_runs import STEPS, astronaut, face_landmarks, image_tensor, record
 
 from lmexp.recording import recorder as recorder_module
 from lmexp.recording.atomic_file import DiskFullError
+from lmexp.recording.images import to_picture
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Job, NoTracker
@@ -109,12 +111,73 @@ def test_the_video_has_the_four_panels_over_the_steps(tmp_path: Path) -> None:
 def test_images_are_wanted_for_the_video_and_for_the_tracker(tmp_path: Path) -> None:
     def wanted(**options: int) -> list[int]:
         recorder = Recorder(Job(tmp_path, "id", "label", None, {}), NoTracker(), **options)
-        return [step for step in range(options["steps"]) if recorder.wants_image(step)]
+        return [step for step in range(options["steps"]) if recorder.wants_picture(step)]
 
     assert wanted(steps=100, image_every=0, video_frames=3) == [0, 50, 99]
     assert wanted(steps=10, image_every=4, video_frames=0) == [0, 4, 8]
     assert wanted(steps=3, image_every=0, video_frames=120) == [0, 1, 2]
     assert wanted(steps=1, image_every=50, video_frames=120) == [0]
+
+
+def test_pictures_have_the_side_of_a_panel(tmp_path: Path) -> None:
+    recorder = Recorder(Job(tmp_path, "id", "label", None, {}), NoTracker(), steps=1, panel=97)
+    assert [recorder.choose_side(side) for side in (1024, 97, 64, 33, 1)] == [96, 96, 64, 32, 2]
+
+
+def test_a_frame_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Frames are written beside everything else; the job ends as if nothing had been."""
+    written: list[str] = []
+
+    def fail(frame: Path, *_: object) -> None:
+        written.append(frame.name)
+        raise OSError("no room")
+
+    monkeypatch.setattr(recorder_module, "_write_frame", fail)
+    with caplog.at_level("WARNING", logger="lmexp.recording"):
+        recorder = record_run(tmp_path / "run")
+    assert len(written) == STEPS
+    assert [record.message for record in caplog.records] == [
+        "a run: pictures left out (no room); the run goes on"
+    ]
+    status = recorder.folder.read_status()
+    assert status is not None and status.state == "finished"
+
+
+@pytest.mark.parametrize("end", ["save_state", "interrupt", "start", "finish"])
+def test_frames_are_written_before_what_follows_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    original, slow = recorder_module._write_frame, threading.Event()
+
+    def write(*args: Any) -> None:
+        slow.wait(0.2)
+        original(*args)
+
+    monkeypatch.setattr(recorder_module, "_write_frame", write)
+    recorder = record_run(tmp_path / "run", stop_after=4)
+    kept = lambda: len(list(recorder.folder.frames_path.glob("*.jpg")))  # noqa: E731
+    assert kept() < 4
+    photo, points = image_tensor(astronaut(64)), face_landmarks(64)
+    if end == "save_state":
+        recorder.save_state(4, {})
+    elif end == "interrupt":
+        recorder.interrupt(step=4, state={})
+    elif end == "start":
+        recorder.start(
+            look=photo,
+            expression=photo,
+            look_landmarks=points,
+            expression_landmarks=points,
+            first_step=4,
+        )
+    else:
+        recorder.finish(image=photo, landmarks=points, ws=torch.zeros(4, 8), summary={})
+        with av.open(str(recorder.folder.video_path)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 4 + 45
+        return
+    assert kept() == 4
 
 
 def test_no_video_frames_no_video(tmp_path: Path, recorded_files: frozenset[str]) -> None:
@@ -149,7 +212,12 @@ def test_an_interrupted_job_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert sorted(int(f.stem) for f in again.folder.frames_path.glob("*.jpg")) == list(range(5))
     for later in range(step, STEPS):
         again.record_step(
-            later, lr=0.1, loss=1.0, raw={"lpips": 1.0}, weighted={"lpips": 1.0}, image=photo
+            later,
+            lr=0.1,
+            loss=1.0,
+            raw={"lpips": 1.0},
+            weighted={"lpips": 1.0},
+            picture=to_picture(photo),
         )
     again.finish(
         image=photo, landmarks=face_landmarks(64), ws=torch.zeros(4, 8), summary={"steps": STEPS}

@@ -35,22 +35,26 @@ _CLOSED = {"left_eye", "right_eye", "outer_lip", "inner_lip"}
 
 def to_picture(image: Tensor) -> Picture:
     """image: [3, H, W], RGB in [-1, 1] (clamped) -> [H, W, 3], 0–255, rounded to nearest."""
+    return to_pictures(image[None])[0]
+
+
+def to_pictures(images: Tensor) -> list[Picture]:
+    """images: [N, 3, H, W] -> `to_picture` of each, in one transfer from their device."""
     # byte() cuts off: half a level more makes it round.
-    levels = (image.detach().float() * 127.5).add_(128).clamp_(0, 255).byte()
-    picture: Picture = levels.permute(1, 2, 0).contiguous().cpu().numpy()
-    return picture
+    levels = (images.detach().float() * 127.5).add_(128).clamp_(0, 255).byte()
+    return list(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 
-def shrink(image: Tensor, side: int) -> Tensor:
-    """image: [3, R, R] -> [3, side, side], anti-aliased, on the image's own device.
+def shrink(images: Tensor, side: int) -> Tensor:
+    """images: [N, 3, R, R] -> [N, 3, side, side], anti-aliased, on their own device.
 
     Shrunk before it is converted and copied, a large image costs a tenth.
     """
-    if image.shape[-1] == side:
-        return image
+    if images.shape[-1] == side:
+        return images
     return torch.nn.functional.interpolate(
-        image.detach().float()[None], (side, side), mode="bicubic", antialias=True
-    )[0]
+        images.detach().float(), (side, side), mode="bicubic", antialias=True
+    )
 
 
 def to_image(picture: Picture) -> Tensor:

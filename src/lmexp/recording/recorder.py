@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from lmexp.recording.atomic_file import DiskFullError
-from lmexp.recording.images import draw_landmarks, join_panels, resize, shrink, to_picture
+from lmexp.recording.images import draw_landmarks, join_panels, resize, to_picture
 from lmexp.recording.run_folder import Picture, RunFolder
 from lmexp.recording.state import State, load_state, save_state
 from lmexp.recording.tracker import Job, TrackedRun, Tracker
@@ -29,6 +31,9 @@ from lmexp.recording.video import write_video
 _log = logging.getLogger("lmexp.recording")
 
 _HEARTBEAT_SECONDS = 30.0
+
+_WRITERS, _MOST_WAITING = 4, 8
+"""Threads that write the frames of all jobs, and frames of one job that may wait for them."""
 
 
 def _draw_once(picture: Picture, points: NDArray[np.float32]) -> Picture:
@@ -40,6 +45,19 @@ def _draw_once(picture: Picture, points: NDArray[np.float32]) -> Picture:
 def _draw(pixels: bytes, shape: tuple[int, ...], points: bytes) -> Picture:
     picture = np.frombuffer(pixels, np.uint8).reshape(shape)
     return draw_landmarks(picture, np.frombuffer(points, np.float32).reshape(-1, 2))
+
+
+@cache
+def _writers() -> ThreadPoolExecutor:
+    # A frame takes 1.5 ms, a sweep's jobs want theirs at the same steps, and a GPU would wait.
+    return ThreadPoolExecutor(_WRITERS, thread_name_prefix="frames")
+
+
+def _write_frame(frame: Path, picture: Picture, landmarks: NDArray[np.float32]) -> None:
+    frame.parent.mkdir(exist_ok=True)
+    np.save(frame.with_suffix(".npy"), landmarks, allow_pickle=False)
+    # 4:4:4 and high quality: the video encodes it once more.
+    Image.fromarray(picture).save(frame.with_suffix(".jpg"), quality=95, subsampling="4:4:4")
 
 
 class Recorder:
@@ -74,6 +92,7 @@ class Recorder:
         self._warned: set[str] = set()
         self._last_heartbeat = 0.0
         self._taken = 0
+        self._writing: deque[Future[None]] = deque()
         frames = min(video_frames, steps)
         self._frame_steps = set(np.linspace(0, steps - 1, frames).round().astype(int).tolist())
         self._picture_steps = set(range(0, steps, image_every)) if image_every else set()
@@ -115,6 +134,7 @@ class Recorder:
         Raises:
             DiskFullError, LmexpError: the folder cannot be written.
         """
+        self._finish_frames()
         folder = self.folder.create()
         folder.write_status("running", step=first_step, steps=self.steps)
         self._last_heartbeat = time.monotonic()
@@ -140,9 +160,14 @@ class Recorder:
                 self._tracked = self._tracker.open(self.job)
         self._mirror(lambda run: run.log_pictures(first_step, self._pictures("target")))
 
-    def wants_image(self, step: int) -> bool:
-        """Whether `record_step` has a use for the image of this step (0-based)."""
+    def wants_picture(self, step: int) -> bool:
+        """Whether `record_step` has a use for the picture of this step (0-based)."""
         return step in self._frame_steps or step in self._picture_steps
+
+    def choose_side(self, resolution: int) -> int:
+        """Side of the pictures for `record_step`, px, of images of such a side."""
+        side = min(self.panel, resolution)
+        return max(2, side - side % 2)  # even, as video codecs want it
 
     def record_step(
         self,
@@ -152,8 +177,8 @@ class Recorder:
         loss: float,
         raw: Mapping[str, float],
         weighted: Mapping[str, float],
-        image: Tensor | None = None,
-        landmarks: Tensor | None = None,
+        picture: Picture | None = None,
+        landmarks: NDArray[np.float32] | None = None,
     ) -> None:
         """Record one step.
 
@@ -163,8 +188,8 @@ class Recorder:
             loss: the sum that is minimised.
             raw: every term's value by name.
             weighted: every term's share of the loss by name.
-            image: [3, R, R], RGB in [-1, 1]; used only where `wants_image` says so.
-            landmarks: [68, 2], x then y, px of the image.
+            picture: of the side that `choose_side` gives; used only where `wants_picture` says so.
+            landmarks: [68, 2], x then y, px of the picture.
 
         Raises:
             DiskFullError, LmexpError: numbers cannot be written, this step's or those that
@@ -186,9 +211,9 @@ class Recorder:
                 **{f"weighted/{name}": value for name, value in weighted.items()},
             }
             self._mirror(lambda run: run.log(step, values))
-        if image is not None and self.wants_image(step):
-            points = None if landmarks is None else landmarks.detach().float().cpu().numpy()
-            self._record_image(step, image, points)
+        if picture is not None and self.wants_picture(step):
+            points = np.full((68, 2), np.nan, dtype=np.float32) if landmarks is None else landmarks
+            self._record_picture(step, picture, points)
 
     def save_state(self, next_step: int, state: State) -> None:
         """Save what a resumed run needs to go on with `next_step`.
@@ -196,8 +221,9 @@ class Recorder:
         Raises:
             DiskFullError, LmexpError: it cannot be written.
         """
-        # The steps before `next_step` are not taken again: their lines must be there.
+        # The steps before `next_step` are not taken again: their lines and frames must be there.
         self.folder.flush_metrics(durable=True)
+        self._finish_frames()
         save_state(self.folder.state_path, {**state, "next_step": next_step})
 
     def finish(
@@ -235,6 +261,7 @@ class Recorder:
             picture = to_picture(image)
             self.folder.write_picture("proj", picture)
             self.folder.write_picture("proj_landmarks", draw_landmarks(picture, points))
+        self._finish_frames()
         with self._optional("video"):
             self._write_video()
         self.folder.write_status("finished", step=self._taken, steps=self.steps)
@@ -268,6 +295,7 @@ class Recorder:
     def _stop(self, how: str, reason: str, step: int, state: State | None) -> None:
         self.folder.create()  # a job may fail before it starts
         self.folder.flush_metrics()
+        self._finish_frames()
         if state is not None:
             self.save_state(step, state)
         if how == "failed":
@@ -278,28 +306,21 @@ class Recorder:
         self._mirror(lambda run: run.finish(summary, ok=False))
         self._tracked = None
 
-    def _record_image(
-        self, step: int, image: Tensor, landmarks: NDArray[np.float32] | None
-    ) -> None:
+    def _record_picture(self, step: int, picture: Picture, landmarks: NDArray[np.float32]) -> None:
         with self._optional("pictures"):
-            side = _even(min(self.panel, image.shape[-1]))
-            picture = to_picture(shrink(image, side))
-            scaled = (
-                np.full((68, 2), np.nan, dtype=np.float32)
-                if landmarks is None
-                else landmarks * (side / image.shape[-1])
-            )
             if step in self._frame_steps:
-                self.folder.frames_path.mkdir(exist_ok=True)
                 frame = self.folder.frames_path / f"{step:06d}"
-                np.save(frame.with_suffix(".npy"), scaled, allow_pickle=False)
-                # 4:4:4 and high quality: the video encodes it once more.
-                Image.fromarray(picture).save(
-                    frame.with_suffix(".jpg"), quality=95, subsampling="4:4:4"
-                )
+                self._writing.append(_writers().submit(_write_frame, frame, picture, landmarks))
             if step in self._picture_steps and self._tracked is not None:
-                both = join_panels([picture, draw_landmarks(picture, scaled)])
+                both = join_panels([picture, draw_landmarks(picture, landmarks)])
                 self._mirror(lambda run: run.log_pictures(step, {"progress": both}))
+        self._finish_frames(_MOST_WAITING)
+
+    def _finish_frames(self, waiting: int = 0) -> None:
+        """Wait until no more than so many frames are to be written."""
+        while len(self._writing) > waiting:
+            with self._optional("pictures"):
+                self._writing.popleft().result()
 
     def _frames(self) -> list[Path]:
         return sorted(self.folder.frames_path.glob("*.jpg"))
@@ -361,8 +382,3 @@ class Recorder:
             self._warned.add(part)
             said = " ".join(str(error).split()) or type(error).__name__
             _log.warning("%s: %s left out (%s); the run goes on", self.job.label, part, said)
-
-
-def _even(side: int) -> int:
-    """The next even number at or below `side`, at least 2."""
-    return max(2, side - side % 2)
