@@ -1,7 +1,7 @@
 """Adam's step of a batch on a GPU, in one pass over memory, or two where noise is made noise again.
 
 Operation by operation, the step of a noise map is two dozen passes over it, and a generator has 17
-of them, of up to 4 MB a job. The meaning of every argument is that of `projection._advance`, the
+of them, of up to 4 MB a job. The meaning of every argument is that of `batch.advance`, the
 same in plain operations.
 """
 
@@ -122,7 +122,7 @@ def advance(
     betas: tuple[float, float],
     is_noise: bool,
 ) -> None:  # pragma: no cover
-    """See `projection._advance`; all tensors are float32 but `broken`, which is bool."""
+    """See `batch.advance`; all tensors are float32 but `broken`, which is bool."""
     rows, count = len(value), value[0].numel()
     blocks = triton.cdiv(count, BLOCK)
     programs = min(blocks, MOST)

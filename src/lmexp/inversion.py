@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lmexp.batch import State
 from lmexp.errors import LmexpError
 from lmexp.latents import Latents
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context
-from lmexp.projection import State, Step, project
+from lmexp.projection import Step, project
 from lmexp.recording.progress import ProgressBar
 from lmexp.recording.state import load_state, save_state
 from lmexp.schedule import Schedule

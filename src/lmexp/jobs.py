@@ -13,11 +13,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lmexp import inputs
+from lmexp.batch import State
 from lmexp.config import Experiment
 from lmexp.errors import LmexpError
 from lmexp.faces.targets import AlignedFace
 from lmexp.inputs import Source
-from lmexp.projection import State
 from lmexp.recording.recorder import Recorder
 from lmexp.recording.tracker import Job as TrackedJob
 from lmexp.recording.tracker import NoTracker, Tracker

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lmexp.batch import State
 from lmexp.latents import Latents, draw_normal, expand
 from lmexp.losses.objective import Losses, Objective
 from lmexp.losses.protocol import Candidate, Context, Targets
-from lmexp.projection import State, Step
+from lmexp.projection import Step
 
 T = TypeVar("T")
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lmexp import cli
 from lmexp.acceleration import Acceleration
+from lmexp.batch import State
 from lmexp.generators.stylegan2 import StyleGAN2Random
 from lmexp.generators.tiny_random import TinyRandom
 from lmexp.latents import Latents, measure, start_at_mean
@@ -27,7 +28,7 @@ from lmexp.losses.landmarks import LandmarkHeatmaps
 from lmexp.losses.noise import NoiseRegularization
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
-from lmexp.projection import State, Step, project
+from lmexp.projection import Step, project
 from lmexp.recording.run_folder import RunFolder
 from lmexp.schedule import Schedule
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmexp import adam, projection
+from lmexp import adam, batch
 
 ROWS = 5
 SHAPES = ((1, 3, 7), (1, 64, 64), (18, 96))
@@ -33,7 +33,7 @@ def compare(device: str) -> list[float]:
         values = torch.randn(ROWS, *shape, generator=draw)
         start = [values, torch.zeros_like(values), torch.zeros_like(values), values.clone()]
         kept: list[list[Tensor]] = []
-        for advance in (projection._advance, adam_triton.advance):
+        for advance in (batch.advance, adam_triton.advance):
             slopes = torch.Generator().manual_seed(1)
             tensors = [tensor.clone().to(device) for tensor in start]
             for step in range(3):

@@ -13,13 +13,14 @@ from tiny_projection import SCHEDULE, TERMS, WEIGHTS, Colours, make_context, mak
 from torch import Tensor
 
 from lmexp import projection
+from lmexp.batch import Batch, State
 from lmexp.errors import LmexpError
 from lmexp.landmarks.groups import GROUPS
 from lmexp.latents import Latents
 from lmexp.losses.coordinates import LandmarkCoordinates
 from lmexp.losses.landmarks import LandmarkHeatmaps
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets, Term
-from lmexp.projection import State, Step
+from lmexp.projection import Step
 from lmexp.schedule import Schedule
 
 
@@ -58,9 +59,9 @@ def test_steps_that_are_launched_ahead_are_the_same_steps(
     terms = {**TERMS, "colours": Colours({} if nan_at is None else {1: nan_at})}
     seen: dict[bool, list[tuple[Any, ...]]] = {False: [], True: []}
     launched: list[int] = []
-    take = projection._Batch.take
+    take = Batch.take
     monkeypatch.setattr(
-        projection._Batch, "take", lambda batch, step: (launched.append(step), take(batch, step))[1]
+        Batch, "take", lambda batch, step: (launched.append(step), take(batch, step))[1]
     )
     for ahead in (False, True):
         monkeypatch.setattr(projection, "_works_aside", lambda _, ahead=ahead: ahead)
@@ -129,9 +130,9 @@ def test_no_step_is_launched_ahead_of_a_plateau_or_of_nothing(
 
     # Patient jobs decide by a step's total where they take the next one.
     taken: list[int] = []
-    take = projection._Batch.take
+    take = Batch.take
     monkeypatch.setattr(
-        projection._Batch, "take", lambda batch, step: (taken.append(step), take(batch, step))[1]
+        Batch, "take", lambda batch, step: (taken.append(step), take(batch, step))[1]
     )
 
     def compare(step: Step) -> None:
@@ -289,13 +290,13 @@ def test_a_steps_numbers_are_ready_before_it_unless_a_job_dies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     computed: list[int] = []
-    compute = projection._Batch._compute
+    compute = Batch._compute
 
     def counted(batch: Any, step: int, *given: Any) -> Any:
         computed.append(step)
         return compute(batch, step, *given)
 
-    monkeypatch.setattr(projection._Batch, "_compute", counted)
+    monkeypatch.setattr(Batch, "_compute", counted)
     run(context, targets, terms=TERMS | {"colours": Colours(nan_at)})
     assert sorted(computed) == sorted([*range(SCHEDULE.steps), *[4] * again])
 

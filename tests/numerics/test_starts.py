@@ -19,10 +19,11 @@ from tiny_projection import (
     run,
 )
 
+from lmexp.batch import State
 from lmexp.latents import Latents, mark_moving, start_at_mean
 from lmexp.losses.objective import Objective
 from lmexp.losses.protocol import Context, Targets
-from lmexp.projection import State, Step, project
+from lmexp.projection import Step, project
 from lmexp.starts import Starts
 
 THREE = Starts(3, 0.1)

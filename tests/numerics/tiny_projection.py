@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmexp.batch import State
 from lmexp.generators.tiny_random import TinyRandom
 from lmexp.latents import Latents, mark_moving, measure, start_at_mean
 from lmexp.losses.landmarks import LandmarkHeatmaps
@@ -16,7 +17,7 @@ from lmexp.losses.noise import NoiseRegularization
 from lmexp.losses.objective import Objective
 from lmexp.losses.prior import LatentPrior
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets
-from lmexp.projection import State, Step, project
+from lmexp.projection import Step, project
 from lmexp.schedule import Schedule
 
 CPU = torch.device("cpu")
