@@ -2,12 +2,12 @@
 
 What these kernels are for: a layer here is two cheap convolutions around much memory, and in the
 backward pass a sum over pixels for each style. Here a layer is two passes each way. One adds up the
-nine shifts of the depthwise convolution with all that is done to each value by itself (modulation;
-backwards also activation, inverse Haar transform and the sums), and walks down the rows of the map,
-so that each row is loaded once, ahead of its turn, and the taps stay in registers. The other is the
-product with the 1×1 weights, with noise, bias and activation; of the last layer, with the image as
-well. One pass for both would spare half of the traffic, and was slower: a program that waits for
-its products has no loads under way.
+nine shifts of the depthwise convolution with all that is done to each value by itself (modulation,
+Haar transform; backwards also activation and the sums), and walks down the rows of the map, so that
+each row is loaded once, ahead of its turn, and the taps stay in registers. The other is the product
+with the 1×1 weights, by programs that keep these where they fit, with noise, bias and activation;
+of the last layer, with the image as well. One pass for both would spare half of the traffic, and
+was slower: a program that waits for its products has no loads under way.
 
 What is computed, in plain operations: `mobile_lowered.LoweredTail`. Maps lie in memory
 channels-last; sums are float32, whatever is stored. Sums over pixels are made of one partial sum a
