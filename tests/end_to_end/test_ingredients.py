@@ -9,6 +9,7 @@ import pytest
 from command_line import TINY, CommandLine, assert_same_result, latents
 from test_single_run import interrupt_at
 
+from lmexp import projection
 from lmexp.recording.run_folder import RunFolder
 
 IMPATIENT = ("optimizer.steps=40", "optimizer.patience=3", "optimizer.least_gain=1.0")
@@ -72,6 +73,27 @@ def test_the_best_of_several_starts(lmexp: CommandLine, monkeypatch: pytest.Monk
     assert "inverting" in lmexp(*TINY, "output_dir=one").err
     assert "inverting" not in lmexp(*words, "output_dir=one").err
     assert RunFolder(lmexp.run_folders("one")[0]).read_summary().keys() == summary.keys()
+
+
+def test_steps_ahead_of_their_records_leave_the_same(
+    lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, here on a CPU, with several starts; and Ctrl-C while later steps run."""
+    words = [*TINY, "latent.starts=2", "optimizer.steps=12", "recording.video_frames=4"]
+    lmexp(*words, "output_dir=whole")
+    (whole,) = lmexp.run_folders("whole")
+    monkeypatch.setattr(projection, "_works_aside", lambda _: True)
+    interrupt_at(monkeypatch, 5)
+    assert lmexp(*words).code == 130
+    folder = RunFolder(lmexp.only_run())
+    status = folder.read_status()
+    # Up to three steps had been launched, and the one that then was the next is looked at.
+    assert status is not None and status.state == "interrupted" and 6 < status.step <= 9
+    assert len(folder.read_metrics()) == status.step
+    assert lmexp(*words).code == 0
+    assert_same_result(lmexp.only_run(), whole)
+    videos = [RunFolder(path).video_path.stat().st_size for path in (lmexp.only_run(), whole)]
+    assert videos[0] == videos[1]
 
 
 def test_only_the_moving_ws_leave_the_inversion(lmexp: CommandLine) -> None:
