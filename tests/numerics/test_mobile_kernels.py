@@ -147,37 +147,37 @@ PRODUCT = {"C_IN": 64, "C_OUT": 64, "CONSTANTS": 1, "BIAS": True, "M": 64, "N": 
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
-        ("_spread_kernel", {"C": 64, **WALK}),
-        ("_spread_bands_kernel", {"C": 64, **WALK, "STAGES": 3}),
-        ("_gather_kernel", {"C": 64, "MORE": True, **WALK}),
-        ("_gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
-        ("_product_kernel", {**PRODUCT, "K": 64, "EVEN": False, "PAINTS": False}),
-        ("_product_kernel", {**PRODUCT, "K": 64, "EVEN": True, "PAINTS": True}),
-        ("_stream_kernel", PRODUCT),
+        ("spread_kernel", {"C": 64, **WALK}),
+        ("spread_bands_kernel", {"C": 64, **WALK, "STAGES": 3}),
+        ("gather_kernel", {"C": 64, "MORE": True, **WALK}),
+        ("gather_bands_kernel", {"C": 64, "ACTIVATED": True, **WALK}),
+        ("product_kernel", {**PRODUCT, "K": 64, "EVEN": False, "PAINTS": False}),
+        ("product_kernel", {**PRODUCT, "K": 64, "EVEN": True, "PAINTS": True}),
+        ("stream_kernel", PRODUCT),
         (
-            "_image_kernel",
+            "image_kernel",
             {"C": 64, "SKIPPED": 0, "CONSTANTS": 1, "ROWS": 8, "COLUMNS": 16, "CHANNELS": 64},
         ),
         (
-            "_back_image_kernel",
+            "back_image_kernel",
             {"K": 64, "C_OUT": 64, "ROWS": 32, "PLACES": 64, "OUTPUTS": 64},
         ),
-        ("_add_up_kernel", {"ADDED": 16, "TILES": 64}),
+        ("add_up_kernel", {"ADDED": 16, "TILES": 64}),
     ],
 )
 def test_kernels_compile_for_a_gpu(
     name: str, sizes: dict[str, object], compile_kernel: Callable[..., Any]
 ) -> None:
-    from lmexp.generators import mobile_triton
+    from lmexp.generators import mobile_kernels
 
     halves = ("x", "y", "weight", "more", "gradient", "colours", "skipped", "skip_weight")
     whole = ("rows", "tiles", "places", "count", "height", "width", "columns")
     strides = ("stride", "up_stride", "skip_stride")
     types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(whole + strides, "i32")
     types |= {"leak": "fp32", "table": "*i32"}
-    if name not in ("_image_kernel", "_add_up_kernel"):
+    if name not in ("image_kernel", "add_up_kernel"):
         types["out"] = "*bf16"
-    assert compile_kernel(getattr(mobile_triton, name), types, sizes).asm["cubin"]
+    assert compile_kernel(getattr(mobile_kernels, name), types, sizes).asm["cubin"]
 
 
 if __name__ == "__main__":
