@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 from lmexp import cli
 from lmexp.recording.run_folder import RunFolder
 
+TINY_FAN = Path(__file__).parents[1] / "data" / "fan_tiny.safetensors"
+"""An untrained landmark network, `Fan(16, 1, 68)`, that costs a sixth of the slim one."""
+
 TINY = (
     "experiment=debug",
     "generator.resolution=32",
     "loss=[landmarks,prior,noise]",
     "loss.noise.weight=100",
     "recording.video_frames=4",
-    "figure=[triptych]",
+    "figure=[]",
     "hardware.threads=1",
+    f"landmarks.weights={TINY_FAN}",
 )
-"""A projection in a second: a random generator, no perceptual network."""
+"""A projection in a second: random networks, no perceptual one."""
 
 
 @dataclass(frozen=True)

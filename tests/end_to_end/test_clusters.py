@@ -108,6 +108,7 @@ def test_ray_without_room_says_so(lmexp: CommandLine, two_nodes: tuple[Any, list
     assert answer.code == 2 and "no node of the cluster has 1 CPUs and 1 GPUs" in answer.err
 
 
+@pytest.mark.slow
 @needs("submitit")
 def test_submitit_runs_a_sweep_and_a_killed_job_goes_on(
     lmexp: CommandLine, monkeypatch: pytest.MonkeyPatch

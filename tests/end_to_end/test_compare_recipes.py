@@ -172,6 +172,7 @@ def test_a_limit_of_time_asks_to_stop(script: ModuleType) -> None:
         assert not stop.requested
 
 
+@pytest.mark.slow
 def test_what_comes_with_the_project_composes(script: ModuleType, tmp_path: Path) -> None:
     args = script._parse(["--out", str(tmp_path)])
     pairs = script.choose_pairs(args)

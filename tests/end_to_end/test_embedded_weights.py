@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from command_line import CommandLine
 
 from lmexp.recording.run_folder import RunFolder
 
 
+@pytest.mark.slow
 def test_the_default_experiment_on_a_photo_in_a_few_steps(lmexp: CommandLine) -> None:
     answer = lmexp("optimizer.steps=5", "latent.inversion.steps=3", "figure=[triptych]")
     assert answer.code == 0, answer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import CommandLine, environment, latents, read_index
+from command_line import TINY_FAN, CommandLine, environment, latents, read_index
 
 from lmexp.recording import atomic_file
 from lmexp.recording.recorder import Recorder
@@ -33,8 +33,9 @@ SMALL = (
     "recording.video_frames=0",
     "recording.image_every=0",
     "recording.save_every_seconds=0.0001",
-    "figure=[triptych]",
+    "figure=[]",
     "hardware.threads=1",
+    f"landmarks.weights={TINY_FAN}",
 )
 """A job in half a second."""
 
@@ -60,6 +61,7 @@ def states(lmexp: CommandLine) -> list[str]:
     return [job["state"] for job in read_index(lmexp.sweep_folder())["jobs"]]
 
 
+@pytest.mark.slow
 def test_twice_the_device_twice_the_workers_and_a_death_costs_one_job_at_most(
     lmexp: CommandLine,
 ) -> None:
@@ -187,6 +189,7 @@ def test_a_lost_tracker_and_a_damaged_state_cost_nothing_but_a_warning(
     assert states(lmexp) == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_kill_9_at_random_moments_changes_no_bit() -> None:
     """Three kills; `python scripts/torture_resume.py --kills 20 --disk-full` takes more."""
     script = HERE.parents[1] / "scripts" / "torture_resume.py"

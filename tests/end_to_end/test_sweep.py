@@ -18,6 +18,7 @@ from lmexp.recording.run_folder import RunFolder
 QUICK = (*TINY, "recording.video_frames=0")
 
 
+@pytest.mark.slow
 def test_a_sweep_gives_the_same_in_batches_of_one_and_of_three(lmexp: CommandLine) -> None:
     words = [*QUICK, "+sweep=weights", "figure=[weights_grid]"]
     alone = lmexp(*words, "hardware.batch_size=1", "output_dir=alone")
@@ -76,7 +77,8 @@ def test_what_all_jobs_share_is_made_once(
 
 def test_one_failing_job_leaves_the_others_alone(lmexp: CommandLine) -> None:
     Image.new("RGB", (300, 300), "grey").save("blank.png")
-    words = [*QUICK, "-m", "inputs.expression=generated:2,missing.jpg,blank.png,generated:3"]
+    words = [*QUICK, "figure=[triptych]"]
+    words += ["-m", "inputs.expression=generated:2,missing.jpg,blank.png,generated:3"]
     answer = lmexp(*words, "hardware.batch_size=4")
     assert answer.code == 1
     said = "".join(answer.out.split("│")).replace("\n", " ")

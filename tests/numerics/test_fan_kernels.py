@@ -130,6 +130,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, float]]) -> None:
     count, worst = run_kernels(Path(__file__).name, "cpu")

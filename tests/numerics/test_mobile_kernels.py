@@ -130,6 +130,7 @@ def compare_sums(device: str) -> list[float]:
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_kernels_compute_the_same(run_kernels: Callable[[str, str], tuple[int, float]]) -> None:
     count, worst = run_kernels(Path(__file__).name, "cpu")
