@@ -48,8 +48,9 @@ def test_a_search_tells_what_was_best_and_goes_on_where_it_was(lmexp: CommandLin
         assert config["loss"]["prior"]["weight"] == trial["params"]["loss.prior.weight"]
     # Drawn on, not drawn again: a resumed search has other proposals than its first ones.
     assert len({trial["params"]["loss.prior.weight"] for trial in trials}) == 5
+    # Two trials of one seed and space may come to the same.
     best = min(trials, key=lambda trial: trial["values"][0])
-    assert best["best"] and sum(trial["best"] for trial in trials) == 1
+    assert all(trial["best"] == (trial["values"] == best["values"]) for trial in trials)
     assert f"best: nme.all {best['values'][0]:.4g}" in more.out and best["folder"] in more.out
 
     again = lmexp(*words, "hydra.sweeper.trials=5")
