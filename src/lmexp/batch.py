@@ -38,7 +38,8 @@ class Launch:
         positions: per job, where in the schedule it takes the step.
         moving: per job, whether it takes it, as far as that was known.
         counts: steps that each job had taken before.
-        report: `Batch.report` after the step, on the CPU.
+        report: one row for each raw term, each weighted term, the total, and whether that or a
+            gradient was not finite; [.., N], on the CPU.
         done: when that has arrived; None: it has.
         names: of the terms, in the report's order.
     """
@@ -97,7 +98,7 @@ class Batch:
         self._ahead: tuple[tuple[Any, ...], Tensor] = ((), self._numbers)
         # A job whose step went wrong takes no other, also one that is launched before it is known.
         self._dead = torch.zeros(len(seeds), dtype=torch.bool, device=ws.device)
-        # Raw terms, weighted terms, total, whether it or a gradient was not finite.
+        # See `Launch`.
         self._report = ws.new_zeros(2 * len(objective.names) + 2, len(seeds))
         self._average = context.acceleration.fuse(average)
 
@@ -134,13 +135,13 @@ class Batch:
         """
         self.draws.prepare(step)
         still = [m and p < self._schedule.steps for m, p in zip(moving, positions, strict=True)]
-        self._ahead = self._compute(step, positions, still, self.counts)
+        self._ahead = self._compute(step, positions, still)
 
     def stage(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> None:
         """Bring a step's numbers to the device."""
         known, numbers = self._ahead
         if known != (step, tuple(positions), tuple(moving), tuple(self.counts)):
-            _, numbers = self._compute(step, positions, moving, self.counts)
+            _, numbers = self._compute(step, positions, moving)
         overwrite(self._numbers, numbers)
         if self._landmark_factors is not None:
             factors = dict.fromkeys(groups.GROUPS, 1.0) | self._schedule.group_factors_at(step)
@@ -148,20 +149,12 @@ class Batch:
         self.draws.move_to(step)
 
     def _compute(
-        self,
-        step: int,
-        positions: Sequence[int],
-        moving: Sequence[bool],
-        counts: Sequence[int],
+        self, step: int, positions: Sequence[int], moving: Sequence[bool]
     ) -> tuple[tuple[Any, ...], Tensor]:
-        """A step's `Numbers` on the CPU, and before them what they are of.
-
-        Args:
-            counts: steps that each job has taken before.
-        """
+        """A step's `Numbers` on the CPU, and before them what they are of."""
         schedule, w_std = self._schedule, self._context.latent_statistics.w_std
         rows = []
-        for position, moves, count in zip(positions, moving, counts, strict=True):
+        for position, moves, count in zip(positions, moving, self.counts, strict=True):
             rate = schedule.learning_rate_at(position) if moves else 0.0
             size, root = adam.step_sizes(rate, count + 1, schedule.beta1, schedule.beta2)
             noise = schedule.noise_at(position) * w_std
@@ -169,7 +162,7 @@ class Batch:
             factor = schedule.landmark_factor_at(step)
             rows.append(Numbers(noise, size, root, float(moves), factor))
         numbers = torch.tensor(rows, dtype=torch.float64).T
-        return (step, tuple(positions), tuple(moving), tuple(counts)), numbers
+        return (step, tuple(positions), tuple(moving), tuple(self.counts)), numbers
 
     def launched(self, step: int, positions: Sequence[int], moving: Sequence[bool]) -> Launch:
         """What the host keeps of a step that it has just staged and launched."""

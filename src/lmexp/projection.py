@@ -102,13 +102,14 @@ def project(
 
     def settle(launch: Launch, candidate: Candidate | None) -> None:
         losses, broken = launch.read()
+        totals = losses.total.tolist()
         took = [k for k, job in enumerate(jobs) if launch.moving[k] and job.alive]
         for k in took:
             if broken[k]:
                 jobs[k].alive = False
                 batch.counts[k] = launch.counts[k]
             else:
-                jobs[k].watch_for_plateau(launch.step, float(losses.total[k]))
+                jobs[k].watch_for_plateau(launch.step, totals[k])
         if callback is None or not took:
             return
         callback(

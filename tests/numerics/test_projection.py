@@ -46,11 +46,26 @@ def test_a_job_alone_is_the_job_in_a_batch(context: Context, targets: Targets, s
     assert not torch.allclose(together.ws[0], together.ws[1], atol=1e-3)
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that the device has been given so far."""
+    steps: list[int] = []
+    take = Batch.take
+
+    def taken(batch: Batch, step: int) -> Candidate:
+        steps.append(step)
+        return take(batch, step)
+
+    monkeypatch.setattr(Batch, "take", taken)
+    return steps
+
+
 @pytest.mark.parametrize("most", [1, 2])
 @pytest.mark.parametrize("nan_at", [None, 0, 4])
 def test_steps_that_are_launched_ahead_are_the_same_steps(
     context: Context,
     targets: Targets,
+    launched: list[int],
     monkeypatch: pytest.MonkeyPatch,
     nan_at: int | None,
     most: int,
@@ -58,11 +73,6 @@ def test_steps_that_are_launched_ahead_are_the_same_steps(
     """Also where a job breaks, which is known only when its next steps are under way."""
     terms = {**TERMS, "colours": Colours({} if nan_at is None else {1: nan_at})}
     seen: dict[bool, list[tuple[Any, ...]]] = {False: [], True: []}
-    launched: list[int] = []
-    take = Batch.take
-    monkeypatch.setattr(
-        Batch, "take", lambda batch, step: (launched.append(step), take(batch, step))[1]
-    )
     for ahead in (False, True):
         monkeypatch.setattr(projection, "_works_aside", lambda _, ahead=ahead: ahead)
         monkeypatch.setattr(projection, "_AHEAD", most)
@@ -118,7 +128,7 @@ def test_beside_a_gpu_the_host_computes_on_one_thread(
 
 
 def test_no_step_is_launched_ahead_of_a_plateau_or_of_nothing(
-    context: Context, targets: Targets, monkeypatch: pytest.MonkeyPatch
+    context: Context, targets: Targets, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(projection, "_works_aside", lambda _: True)
     rests: list[bool] = []
@@ -129,14 +139,8 @@ def test_no_step_is_launched_ahead_of_a_plateau_or_of_nothing(
         told.append(step.step)
 
     # Patient jobs decide by a step's total where they take the next one.
-    taken: list[int] = []
-    take = Batch.take
-    monkeypatch.setattr(
-        Batch, "take", lambda batch, step: (taken.append(step), take(batch, step))[1]
-    )
-
     def compare(step: Step) -> None:
-        assert taken[-1] == step.step
+        assert launched[-1] == step.step
 
     run(
         context,
