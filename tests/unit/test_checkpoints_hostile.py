@@ -429,6 +429,23 @@ def test_a_bomb_that_takes_too_long_is_a_failure(
     assert outcome == "failed" and "TooSlowError" in said
 
 
+def test_the_clock_does_not_ring_where_coverage_holds_a_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An exception there left the lock held, and the tests hung, once in a thousand times."""
+    monkeypatch.setattr(fuzzer, "SECONDS", 0.005)
+    space: dict[str, Any] = {"__name__": "coverage.collector", "time": time}
+    body = "def hold(until):\n    while time.process_time() < until: pass\n    return True"
+    exec(body, space)
+    released = False
+    with pytest.raises(fuzzer.TooSlowError), fuzzer.watched():
+        released = space["hold"](time.process_time() + 0.05)
+        end = time.process_time() + 10
+        while time.process_time() < end:
+            pass
+    assert released and time.process_time() < end
+
+
 def test_bombs_take_little_memory(tmp_path: Path) -> None:
     """In a process of its own that may have 600 MiB beyond what Python and torch take at start."""
     for number, (_, data) in enumerate(bombs()):
