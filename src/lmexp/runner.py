@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,14 +29,9 @@ from lmexp.inputs import Source
 from lmexp.inversion import InversionStore, invert
 from lmexp.jobs import Job, Outcome, Request, Settle, open_jobs
 from lmexp.landmarks import groups
-from lmexp.landmarks.decoding import decode
-from lmexp.landmarks.protocol import HeatmapNetwork
 from lmexp.latents import Latents, expand, mark_moving, start_at_mean, truncate
 from lmexp.losses.objective import Objective
-from lmexp.losses.protocol import CheckedTerm, Context, Targets, Term
-from lmexp.metrics.nme import nme
-from lmexp.metrics.protocol import Exhibits
-from lmexp.metrics.report import report_scores
+from lmexp.losses.protocol import CheckedTerm, Context, Targets
 from lmexp.projection import project
 from lmexp.recording import provenance
 from lmexp.recording.atomic_file import DiskFullError, make_folder
@@ -44,6 +39,7 @@ from lmexp.recording.images import to_images, to_picture
 from lmexp.recording.progress import ProgressBar, job_title
 from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Tracker
+from lmexp.results import Projected, conclude
 from lmexp.schedule import Schedule
 from lmexp.starts import Starts
 from lmexp.stopping import Interrupted, StopRequest, listen
@@ -219,7 +215,7 @@ class _Session:
         able: list[tuple[int, Job]] = []
         for index, job in members:
             try:
-                for term in self._used_terms(job.config).values():
+                for term in self.bench.used_terms(job.config).values():
                     if isinstance(term, CheckedTerm):
                         term.check(generator)
             except DiskFullError:  # no fault of this job's
@@ -343,104 +339,9 @@ class _Session:
             seeds=starts.repeat(seeds),
             first_view=config.optimizer.steps,
         )
-        self._finish(members, context, targets, final, chosen, inverted, began)
-
-    def _finish(
-        self,
-        members: Sequence[tuple[int, Job]],
-        context: Context,
-        targets: Targets,
-        final: Latents,
-        chosen: Sequence[dict[str, Any] | None],
-        inverted: tuple[Latents, Tensor] | None,
-        began: float,
-    ) -> None:
-        """Write every job's result.
-
-        Args:
-            chosen: what `Starts.choose` says of each.
-            inverted: the inversions and their images, batched.
-        """
-        generator = context.generator
-        judge: HeatmapNetwork = self.bench.module(members[0][1].config.judge)
-        for k, (index, job) in enumerate(members):
-            self.done += 1
-            if index in self.outcomes:  # it failed on the way
-                continue
-            ws = expand(final.ws[k : k + 1], generator.num_ws)
-            noise_bufs = tuple(noise[k : k + 1] for noise in final.noise_bufs)
-            with torch.no_grad():
-                image = generator.synthesis(ws, noise_bufs)
-                landmarks = decode(context.heatmap_network(image), generator.resolution)
-                wanted = _row(targets.expression, k)[None]
-                errors = nme(*(decode(judge(x), generator.resolution) for x in (image, wanted)))
-            digests = {
-                "generator": generator.weights_sha256,
-                "landmarks": context.heatmap_network.weights_sha256,
-                **self._term_weights(job.config),
-            }
-            row = slice(k, k + 1)
-            exhibits = Exhibits(
-                result=image,
-                look=targets.look[row],
-                expression=wanted,
-                look_landmarks=targets.look_landmarks[row],
-                expression_landmarks=_row(targets.expression_landmarks, k)[None],
-                inversion=inverted[1][row] if inverted else None,
-                ws=ws,
-                inversion_ws=expand(inverted[0].ws[row], generator.num_ws) if inverted else None,
-                samples=context.latent_statistics.samples,
-            )
-            summary = {
-                "label": job.label,
-                "overrides": list(job.request.overrides),
-                "config_hash": job.run_id,
-                "steps": job.config.optimizer.steps,
-                "seed": job.config.seed,
-                **_last_step(job.recorder.folder),
-                "starts": chosen[k],
-                "nme": {group: float(value) for group, value in errors.items()},
-                "nme_judge_sha256": judge.weights_sha256,
-                "nme_judge_independent": judge.weights_sha256
-                != context.heatmap_network.weights_sha256,
-                "scores": report_scores(
-                    self.bench.component(job.config.scores),
-                    exhibits,
-                    optimised=set(digests.values()),
-                    label=job.label,
-                ),
-                # The batch's wall clock: a job's own share of a batch cannot be measured.
-                "seconds": time.monotonic() - began,
-                "batch_size": len(members),
-                "device": provenance.describe_device(self.bench.device),
-                "device_uuid": provenance.identify_device(self.bench.device),
-                "hardware": job.config.hardware.model_dump(mode="json"),
-                "versions": provenance.describe_versions(),
-                "git": self.git.as_dict() if self.git else None,
-                "weights_sha256": digests,
-            }
-            job.recorder.finish(
-                image=image[0],
-                landmarks=landmarks[0],
-                ws=ws[0],
-                noise_bufs=[noise[0] for noise in noise_bufs],
-                summary=summary,
-            )
-            self.settle(index, Outcome(job.request, "finished", job.folder, summary=summary))
-
-    def _used_terms(self, config: Experiment) -> dict[str, Term]:
-        """Those of a weight that is not 0."""
-        return {
-            name: term
-            for name, term in self.bench.terms(config).items()
-            if config.loss[name].keywords.get("weight", term.weight) > 0
-        }
-
-    def _term_weights(self, config: Experiment) -> dict[str, str]:
-        """Digests of the networks that loss terms in use have loaded."""
-        used = self._used_terms(config)
-        found = {name: getattr(term, "weights_sha256", None) for name, term in used.items()}
-        return {f"loss.{name}": sha256 for name, sha256 in found.items() if sha256}
+        projected = Projected(context, targets, final, chosen, inverted, began)
+        conclude(members, projected, self.bench, self.git, self.outcomes, self.settle)
+        self.done += len(members)
 
     def _targets(self, jobs: Sequence[Job]) -> Targets:
         faces = [job.faces for job in jobs if job.faces is not None]
@@ -559,16 +460,6 @@ class _Session:
         return digest(
             [*parts, plain["landmarks"], plain["detector"], job.config.inputs.face_of("look")]
         )
-
-
-def _last_step(folder: RunFolder) -> dict[str, Any]:
-    """Steps taken, and the last one's terms; from the record: a resumed run may have had none left.
-
-    A plateau can make the steps fewer than `optimizer.steps`.
-    """
-    last = folder.read_last_metrics()
-    losses = {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
-    return {"steps_taken": last["step"] + 1, "losses": losses}
 
 
 def _one_line(fault: Exception) -> str:

@@ -84,6 +84,20 @@ class Workbench:
     def terms(self, config: Experiment) -> dict[str, Term]:
         return {name: self.component(spec) for name, spec in config.loss.items()}
 
+    def used_terms(self, config: Experiment) -> dict[str, Term]:
+        """Those of a weight that is not 0."""
+        return {
+            name: term
+            for name, term in self.terms(config).items()
+            if config.loss[name].keywords.get("weight", term.weight) > 0
+        }
+
+    def term_weights(self, config: Experiment) -> dict[str, str]:
+        """Digests of the networks that loss terms in use have loaded."""
+        used = self.used_terms(config)
+        found = {name: getattr(term, "weights_sha256", None) for name, term in used.items()}
+        return {f"loss.{name}": sha256 for name, sha256 in found.items() if sha256}
+
     def component(self, spec: Component) -> Any:
         key = digest(spec.model_dump(mode="json", by_alias=True))
         if key not in self._built:

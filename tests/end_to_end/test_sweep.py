@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import TINY, CommandLine, latents, read_index
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from PIL import Image
 
 from lmexp.generators.stylegan2 import StyleGAN2Random
@@ -71,8 +72,15 @@ def test_what_all_jobs_share_is_made_once(
 
     count("lmexp.workbench.lay_over")
     count("lmexp.inputs.generate_face")
+    load = ConfigLoaderImpl.load_sweep_config
+    monkeypatch.setattr(
+        ConfigLoaderImpl,
+        "load_sweep_config",
+        lambda *given: (made.append("load_sweep_config"), load(*given))[1],
+    )
     assert lmexp(*QUICK, "figure=[]", "hardware.batch_size=2", "-m", "seed=1,2,3").code == 0
-    assert sorted(made) == ["generate_face", "generate_face", "lay_over"]  # two faces, one pair
+    # Two faces, one pair, Hydra's files.
+    assert sorted(made) == ["generate_face", "generate_face", "lay_over", "load_sweep_config"]
 
 
 def test_one_failing_job_leaves_the_others_alone(lmexp: CommandLine) -> None:

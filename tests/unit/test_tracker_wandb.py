@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from recorded_runs import STEPS, record_run
 
@@ -88,7 +89,7 @@ def test_an_offline_run_holds_all_that_was_recorded(
     config = {"optimizer": {"steps": STEPS, "learning_rate": 0.1}, "seed": 3}
     record_run(
         tmp_path / "0a1b2c",
-        tracker=WandbTracker(project="faces"),
+        tracker=WandbTracker(project="faces", every=1),
         label="outer_lip=5",
         config=config,
         image_every=5,
@@ -126,7 +127,7 @@ def test_an_offline_run_holds_all_that_was_recorded(
 
 
 def test_jobs_of_a_batch_are_runs_of_their_own_and_a_failed_one_is_marked(tmp_path: Path) -> None:
-    tracker = WandbTracker()
+    tracker = WandbTracker(every=1)
     runs = {}
     for name in ("aaa", "bbb"):
         job = Job(tmp_path / name, name, name, "batch", {"name": name})
@@ -147,12 +148,32 @@ def test_jobs_of_a_batch_are_runs_of_their_own_and_a_failed_one_is_marked(tmp_pa
         assert code == index
 
 
+def test_every_tenth_step_and_the_last_one(tmp_path: Path) -> None:
+    run = WandbTracker(every=4).open(Job(tmp_path, "abc", "mouth", None, {}))
+    assert run is not None
+    for step in range(11):
+        run.log(step, {"loss": 1.0 * step})
+        if step == 6:
+            run.log_pictures(step, {"progress": np.zeros((8, 8, 3), np.uint8)})
+    run.log_pictures(10, {"proj": np.zeros((8, 8, 3), np.uint8)})
+    run.finish({}, ok=True)
+    _, rows, _, _, _ = read_run(tmp_path)
+    assert [(row["_step"], row.get("loss")) for row in rows] == [
+        (0, 0.0),
+        (4, 4.0),
+        (6, None),
+        (8, 8.0),
+        (10, 10.0),
+    ]
+    assert "proj/path" in rows[-1]
+
+
 _AT_ONCE = """
 import sys
 from pathlib import Path
 from lmexp.recording.tracker import Job
 from lmexp.recording.wandb_tracker import WandbTracker
-run = WandbTracker().open(Job(Path(sys.argv[1]), "abc", "mouth", None, {}))
+run = WandbTracker(every=1).open(Job(Path(sys.argv[1]), "abc", "mouth", None, {}))
 for step in range(50):
     run.log(step, {"loss": 1.0 * step})
 run.finish({}, ok=True)

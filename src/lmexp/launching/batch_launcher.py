@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus, filter_overrides
-from omegaconf import DictConfig, open_dict
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig
 from pydantic import ValidationError
 
-from lmexp.config import Component, Hardware, digest, validate
+from lmexp.config import Component, Hardware, digest
 from lmexp.errors import LmexpError
 from lmexp.figures.gallery import make_all
-from lmexp.jobs import Outcome, Request
+from lmexp.jobs import Outcome
 from lmexp.launching.index import SweepIndex
+from lmexp.launching.job_configs import JobConfigs
 from lmexp.launching.protocol import Engine
 from lmexp.launching.sweep import command_again, engine_here, run_jobs
 from lmexp.recording.atomic_file import make_folder
@@ -45,9 +45,9 @@ def launch(
     Raises:
         LmexpError: a job's config is wrong; no job has then been started.
     """
+    configs = JobConfigs(config_loader, config)
     requests = [
-        compose_job(config_loader, config, overrides, initial_job_idx + k)
-        for k, overrides in enumerate(job_overrides)
+        configs.request(overrides, initial_job_idx + k) for k, overrides in enumerate(job_overrides)
     ]
     name = config.hydra.runtime.choices.get("sweep") or "multirun"
     identity = digest([request.config.identity({}) for request in requests])[:8]
@@ -94,32 +94,3 @@ def conclude(outcomes: Sequence[Outcome], folder: Path) -> None:
         except LmexpError as error:  # the table says what there is, whatever becomes of figures
             log.warning("figures: %s", error)
     print_outcomes(outcomes, folder, command=command_again())
-
-
-def compose_job(
-    config_loader: ConfigLoader, config: DictConfig, overrides: Sequence[str], number: int
-) -> Request:
-    """One job's checked config.
-
-    Raises:
-        LmexpError: it is wrong; the line names the job.
-    """
-    composed = config_loader.load_sweep_config(config, list(overrides))
-    with open_dict(composed):
-        composed.hydra.job.id = composed.hydra.job.num = number
-    varied = _varied(overrides, config)
-    try:
-        return Request(validate(composed), tuple(varied))
-    except LmexpError as error:
-        raise LmexpError(f"job {number + 1} ({' '.join(varied)}): {error}") from error
-
-
-def _varied(overrides: Sequence[str], config: DictConfig) -> list[str]:
-    """The overrides that tell this job from the others of its sweep, without Hydra's escapes."""
-    fixed = set(config.hydra.overrides.task)
-    varied = [item for item in filter_overrides(overrides) if item not in fixed] or list(overrides)
-    parsed = OverridesParser.create().parse_overrides(varied)
-    return [
-        f"{override.get_key_element().lstrip('+')}={override.value()}".replace(r"\${", "${")
-        for override in parsed
-    ]

@@ -24,8 +24,9 @@ from pydantic import Field, ValidationError
 from lmexp.config import Schema, digest
 from lmexp.errors import LmexpError
 from lmexp.jobs import Outcome
-from lmexp.launching.batch_launcher import build_engine, compose_job, conclude
+from lmexp.launching.batch_launcher import build_engine, conclude
 from lmexp.launching.index import SweepIndex
+from lmexp.launching.job_configs import JobConfigs
 from lmexp.launching.sweep import command_again, run_jobs
 from lmexp.recording.atomic_file import make_folder, write_atomically
 from lmexp.report import exit_code
@@ -76,7 +77,8 @@ def search(
     checked = _check(settings)
     fixed, space = _split(checked, arguments, config_loader)
     # Checked with one value of each range, so that a mistake shows before anything is run.
-    example = compose_job(config_loader, config, [*fixed, *_example(optuna, space)], 0)
+    configs = JobConfigs(config_loader, config)
+    example = configs.request([*fixed, *_example(optuna, space)], 0)
     experiment = example.config
     what = [fixed, {key: repr(value) for key, value in space.items()}]
     identity = digest([experiment.identity({}), what, checked.objective, checked.direction])[:8]
@@ -95,9 +97,7 @@ def search(
         while (left := checked.trials - _count(optuna, study)) > 0 and not stop.requested:
             trials = [study.ask(_distributions(optuna, space)) for _ in range(min(at_once, left))]
             requests = [
-                compose_job(
-                    config_loader,
-                    config,
+                configs.request(
                     [*fixed, *(f"{key}={value}" for key, value in trial.params.items())],
                     trial.number,
                 )

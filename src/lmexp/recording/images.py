@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -98,37 +99,45 @@ def draw_landmarks(
         [H, W, 3], RGB, 0–255.
     """
     height, width = picture.shape[:2]
+    points = np.asarray(landmarks, dtype=np.float64)
+    seen = points[np.isfinite(points).all(1)]
+    if not len(seen):
+        return picture.copy()
     scale = max(1, min(3, 4096 // max(height, width)))
-    overlay = Image.new("RGBA", (width * scale, height * scale), (0, 0, 0, 0))
-    canvas = ImageDraw.Draw(overlay)
-    points = np.asarray(landmarks, dtype=np.float64) * scale
     thickness = max(1.0, line * height * scale)
     radius = max(1.0, point * height * scale)
     rim = max(1.0, 0.35 * radius)
+    # Only where the face is: the rest of a picture takes as long, and shows nothing.
+    reach = (radius + rim) / scale + 1
+    left, top = np.clip(np.floor(seen.min(0) - reach), 0, (width, height)).astype(int).tolist()
+    right, bottom = np.clip(np.ceil(seen.max(0) + reach), 0, (width, height)).astype(int).tolist()
+    if left >= right or top >= bottom:
+        return picture.copy()
+    overlay = Image.new("RGBA", ((right - left) * scale, (bottom - top) * scale), (0, 0, 0, 0))
+    canvas = ImageDraw.Draw(overlay)
+    placed = ((points - (left, top)) * scale).tolist()
+    known = [math.isfinite(x) and math.isfinite(y) for x, y in placed]
 
     def draw(grow: float, paint: dict[str, tuple[int, int, int, int]]) -> None:
         for name, members in GROUPS.items():
-            path = [points[i] for i in members]
-            if name in _CLOSED:
-                path.append(path[0])
+            path = [*members, members[0]] if name in _CLOSED else members
             for start, end in pairwise(path):
-                if np.isfinite([start, end]).all():
+                if known[start] and known[end]:
                     canvas.line(
-                        [*map(float, start), *map(float, end)],
+                        [*placed[start], *placed[end]],
                         fill=paint[name],
                         width=max(1, round(thickness + 2 * grow)),
                     )
         for name, members in GROUPS.items():
-            for x, y in (points[i] for i in members):
-                if np.isfinite([x, y]).all():
-                    reach = radius + grow
-                    canvas.ellipse((x - reach, y - reach, x + reach, y + reach), fill=paint[name])
+            for x, y in (placed[i] for i in members if known[i]):
+                size = radius + grow
+                canvas.ellipse((x - size, y - size, x + size, y + size), fill=paint[name])
 
     draw(rim, dict.fromkeys(GROUPS, (0, 0, 0, 150)))  # a dark rim: legible on any skin
     draw(0.0, {name: (*(colour or GROUP_COLOURS[name]), 255) for name in GROUPS})
     small = overlay.reduce(scale)
     drawn = Image.fromarray(picture)
-    drawn.paste(small, mask=small)
+    drawn.paste(small, (left, top), mask=small)
     return np.asarray(drawn)
 
 
@@ -148,14 +157,24 @@ def join_panels(
     height, width = pictures[0].shape[:2]
     strip = round(height * 0.09) if captions else 0
     total = len(pictures) * (width + gap) - gap
-    size = (total + total % 2, height + strip + (height + strip) % 2)
-    sheet = Image.new("RGB", size, (255, 255, 255))
-    canvas = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=max(9.0, strip * 0.55))
+    shape = (height + strip + (height + strip) % 2, total + total % 2, 3)
+    sheet = np.full(shape, 255, dtype=np.uint8)
+    if captions:
+        sheet[:strip] = _draw_captions(captions, shape[1], strip, width, gap)
     for index, picture in enumerate(pictures):
         left = index * (width + gap)
-        sheet.paste(Image.fromarray(picture), (left, strip))
-        if captions:
-            middle = (left + width / 2, strip * 0.52)
-            canvas.text(middle, captions[index], font=font, fill=(30, 30, 30), anchor="mm")
+        sheet[strip : strip + height, left : left + width] = picture
+    return sheet
+
+
+def _draw_captions(
+    captions: Sequence[str], total: int, strip: int, width: int, gap: int
+) -> Picture:
+    """The captions' strip, [strip, total, 3]: each over the middle of its panel."""
+    sheet = Image.new("RGB", (total, strip), (255, 255, 255))
+    canvas = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=max(9.0, strip * 0.55))
+    for index, caption in enumerate(captions):
+        middle = (index * (width + gap) + width / 2, strip * 0.52)
+        canvas.text(middle, caption, font=font, fill=(30, 30, 30), anchor="mm")
     return np.asarray(sheet)

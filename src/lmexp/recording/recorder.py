@@ -353,11 +353,8 @@ class Recorder:
             )
             yield join_panels([look, picture, marked, expression], captions)
 
-    def _pictures(self, prefix: str) -> dict[str, Picture]:
-        return {
-            path.stem: self.folder.read_picture(path.stem)
-            for path in sorted(self.folder.path.glob(f"{prefix}*.png"))
-        }
+    def _pictures(self, prefix: str) -> dict[str, Path]:
+        return {path.stem: path for path in sorted(self.folder.path.glob(f"{prefix}*.png"))}
 
     def _mirror(self, action: Callable[[TrackedRun], None]) -> None:
         if self._tracked is None:

@@ -40,8 +40,8 @@ class TrackedRun(Protocol):
         """Add numbers to the history at `step`."""
         ...
 
-    def log_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Add pictures, [H, W, 3], RGB, 0–255, at `step`."""
+    def log_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8] | Path]) -> None:
+        """Add pictures at `step`: [H, W, 3], RGB, 0–255, or PNG files."""
         ...
 
     def log_video(self, step: int, path: Path) -> None:

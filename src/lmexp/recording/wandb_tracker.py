@@ -26,6 +26,8 @@ class WandbTracker:
         mode: offline (nothing leaves the machine), online, or disabled.
         project: W&B project.
         entity: W&B user or team; None for the account's own.
+        every: steps between those whose numbers W&B gets, the last one always; metrics.jsonl in
+            the run's folder has every step. W&B takes as long for a step's as a GPU for an image.
         timeout: seconds that starting or closing a run may take before it is given up.
     """
 
@@ -34,11 +36,13 @@ class WandbTracker:
         mode: Literal["offline", "online", "disabled"] = "offline",
         project: str = "lmexp",
         entity: str | None = None,
+        every: Annotated[int, Field(gt=0)] = 10,
         timeout: Annotated[float, Field(gt=0)] = 60.0,
     ) -> None:
         self.mode = mode
         self.project = project
         self.entity = entity
+        self.every = every
         self.timeout = timeout
 
     def open(self, job: Job) -> TrackedRun | None:
@@ -90,7 +94,8 @@ class WandbTracker:
                 ),
             )
 
-        return WandbRun(_within(self.timeout, "starting W&B", begin), self.timeout)
+        run = _within(self.timeout, "starting W&B", begin)
+        return WandbRun(run, every=self.every, timeout=self.timeout)
 
 
 class WandbRun:
@@ -98,22 +103,38 @@ class WandbRun:
 
     Args:
         run: what `wandb.init` returned.
+        every: steps between those whose numbers it gets.
         timeout: seconds that closing it may take.
     """
 
-    def __init__(self, run: Any, timeout: float) -> None:
+    def __init__(self, run: Any, *, every: int, timeout: float) -> None:
         self._run = run
+        self._every = every
         self._timeout = timeout
+        self._left: tuple[int, dict[str, float]] | None = None
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add numbers to the history at `step`."""
-        self._run.log(dict(values), step=step)
+        """Add numbers to the history at `step`, or keep them until it is known whether they are
+        the last."""
+        self._left = (step, dict(values))
+        if step % self._every == 0:
+            self._log_left()
 
-    def log_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Add pictures, [H, W, 3], RGB, 0–255, at `step`."""
+    def _log_left(self) -> None:
+        if self._left is not None:
+            step, values = self._left
+            self._run.log(values, step=step)
+            self._left = None
+
+    def log_pictures(self, step: int, pictures: Mapping[str, NDArray[np.uint8] | Path]) -> None:
+        """Add pictures at `step`: [H, W, 3], RGB, 0–255, or PNG files."""
         import wandb
 
-        self._run.log({name: wandb.Image(picture) for name, picture in pictures.items()}, step=step)
+        made = {
+            name: wandb.Image(str(picture) if isinstance(picture, Path) else picture)
+            for name, picture in pictures.items()
+        }
+        self._run.log(made, step=step)
 
     def log_video(self, step: int, path: Path) -> None:
         """Add the video file at `path`, as it is, at `step`."""
@@ -129,6 +150,7 @@ class WandbRun:
         """
 
         def finish() -> None:
+            self._log_left()
             self._run.summary.update(dict(summary))
             self._run.finish(exit_code=0 if ok else 1)
 
