@@ -28,6 +28,7 @@ TINY = (
     "figure=[]",
     "hardware.threads=1",
     f"landmarks.weights={TINY_FAN}",
+    f"judge.weights={TINY_FAN}",
 )
 """A projection in a second: random networks, no perceptual one."""
 

@@ -36,6 +36,7 @@ SMALL = (
     "figure=[]",
     "hardware.threads=1",
     f"landmarks.weights={TINY_FAN}",
+    f"judge.weights={TINY_FAN}",
 )
 """A job in half a second."""
 

@@ -7,13 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from recorded_runs import STEPS, record_run
+import torch
+from recorded_runs import STEPS, astronaut, face_landmarks, image_tensor, record_run
 
+from lmexp.recording.finishing import Finishing
 from lmexp.recording.run_folder import RunFolder
 from lmexp.recording.tracker import Job, NoTracker
 from lmexp.recording.wandb_tracker import WandbTracker
@@ -57,9 +60,14 @@ def item_key(item: Any) -> str:
 
 def wait_for_records(folder: Path) -> tuple[Path, list[Any]]:
     """The run's file and its records, once W&B's own process has written the last one."""
+    from google.protobuf.message import DecodeError
+
     (path,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     for _ in range(100):
-        records = list(read_records(path))
+        try:
+            records = list(read_records(path))
+        except DecodeError:  # half of one is written
+            records = []
         if records and records[-1].WhichOneof("record_type") == "exit":
             return path, records
         time.sleep(0.1)
@@ -166,6 +174,34 @@ def test_every_tenth_step_and_the_last_one(tmp_path: Path) -> None:
         (10, 10.0),
     ]
     assert "proj/path" in rows[-1]
+
+
+def test_jobs_that_finish_side_by_side_are_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [f"job{number}" for number in range(4)]
+    tracker, photo, points = WandbTracker(), image_tensor(astronaut(64)), face_landmarks(64)
+    with Finishing() as finishing:
+        for name in names:
+            recorder = record_run(tmp_path / name, tracker=tracker, stop_after=STEPS, label=name)
+            finishing.add(
+                partial(
+                    recorder.finish,
+                    image=photo,
+                    landmarks=points,
+                    ws=torch.zeros(4, 8),
+                    summary={"name": name},
+                ),
+                lambda: None,
+            )
+    assert not [record for record in caplog.records if record.name.startswith("lmexp")]
+    for name in names:
+        run, rows, summary, files, code = read_run(tmp_path / name)
+        assert (run.run_id, summary["name"], code) == (name, name, 0)
+        assert [row["_step"] for row in rows if "loss" in row] == [0, 10, STEPS - 1]
+        assert rows[-1]["proj_video/_type"] == "video-file"
+        shown = (files / rows[-1]["proj/path"]).read_bytes()
+        assert shown == (tmp_path / name / "proj.png").read_bytes()
 
 
 _AT_ONCE = """

@@ -271,8 +271,12 @@ def test_packaged_weights_that_changed_are_refused(packaged: Packaged) -> None:
     save_file({"values": torch.from_numpy(VALUES)}, packaged.path)
     packaging.seal()
     save_file({"values": torch.from_numpy(VALUES + 1)}, packaged.path)
-    with pytest.raises(LmexpError, match="install lmexp again"):
-        store.load("own")
+    for damage in (None, b"no tensors"):
+        if damage is not None:
+            packaged.path.write_bytes(damage)
+        with pytest.raises(LmexpError, match="it comes with lmexp: install that again") as caught:
+            store.load("own")
+        assert "fetch" not in str(caught.value)
     packaged.path.unlink()
     with pytest.raises(LmexpError, match="missing from the installed package"):
         store.load("own")

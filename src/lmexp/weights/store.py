@@ -126,17 +126,18 @@ def read(entry: Entry) -> StoredWeights:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise LmexpError(
-            f"{path}: damaged ({first_line(error)}); remove it, or run "
-            f"python -m lmexp.weights fetch {entry.name}"
-        ) from error
+        raise LmexpError(f"{path}: damaged ({first_line(error)}); {_mend(entry)}") from error
     found, expected = digest(tensors), expected_digest(entry)
     if found != expected:
-        raise LmexpError(
-            f"{path}: damaged (content digest {found[:12]}…, expected {expected[:12]}…); "
-            f"remove it, or run python -m lmexp.weights fetch {entry.name}"
-        )
+        said = f"content digest {found[:12]}…, expected {expected[:12]}…"
+        raise LmexpError(f"{path}: damaged ({said}); {_mend(entry)}")
     return StoredWeights(tensors, found, path)
+
+
+def _mend(entry: Entry) -> str:
+    if entry.packaged:
+        return "it comes with lmexp: install that again, or get the file back with git"
+    return f"remove it, or run python -m lmexp.weights fetch {entry.name}"
 
 
 def file_path(name: str, say: Say = say_on_stderr) -> Path:
@@ -220,11 +221,9 @@ def load(name: str, say: Say = say_on_stderr) -> StoredWeights:
                 f"weights {name}: {stored_path(entry).name} is missing from the installed package; "
                 "install lmexp again"
             ) from None
-    except LmexpError as error:
+    except LmexpError:
         if entry.packaged:
-            raise LmexpError(
-                f"{stored_path(entry)}: damaged; install lmexp again ({error})"
-            ) from error
+            raise
     return _fetch_locked(entry, say)
 
 
