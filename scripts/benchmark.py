@@ -51,7 +51,7 @@ CUDA = ("cuda", "cuda_half", "cuda_fast")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 if everything that was asked for was measured, 1 if not."""
+    """0 if everything that was asked for was measured, 1 if not, 2 if nothing fits the options."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parse(given)
     if args.cell is not None:
@@ -89,6 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         cells = choose_cells(args)
+        if not cells:
+            print(
+                "nothing is left to measure: no measurement of this suite or these choices fits "
+                "all of the options; agreement needs hardware in half precision",
+                file=sys.stderr,
+            )
+            return 2
         compiled = args.keep_cache
         for cell in cells:
             # What is measured cold comes first in the suites.

@@ -285,6 +285,7 @@ def test_suites_and_what_is_left_of_them(scripts: SimpleNamespace) -> None:
         assert several[-1].kind == "agreement"
         lowered = ("--recipes", "tiny", "--set", "hardware.precision=bfloat16", "--no-steps")
         assert [cell.kind for cell in chosen(*lowered)] == ["agreement"]
+        assert scripts.main.main(["--recipes", "tiny", "--no-steps"]) == 2
         missing = scripts.main.run(several[1], None, None, None)
         assert missing["failed"] == "1 GPUs needed, 0 here"
     assert not [c for c in chosen("--suite", "full", "--no-agreement") if c.kind == "agreement"]
