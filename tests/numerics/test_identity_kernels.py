@@ -15,8 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmexp.losses import identity_network
-from lmexp.losses.identity_network import LoweredLayer
+from lmexp.losses.identity_layers import LoweredLayer, separable
 
 
 def build(inputs: int, outputs: int, kernel: int, stride: int, groups: int) -> LoweredLayer:
@@ -50,7 +49,7 @@ def compare_kernels(device: str) -> list[float]:
             there = device if fast else "cpu"
             leaf = x.clone().to(there).requires_grad_()
             own = [layer.to(there).requires_grad_(False) for layer in layers]
-            pair = identity_triton.separable if fast else identity_network.separable
+            pair = identity_triton.separable if fast else separable
             y = pair(leaf, *own)
             (gradient,) = torch.autograd.grad(y, leaf, outer.to(there))
             found.append([y.detach().cpu(), gradient.cpu()])

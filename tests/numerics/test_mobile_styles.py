@@ -13,9 +13,9 @@ from test_mobile_stylegan import random_tensors
 from torch import Tensor, nn
 
 from lmexp.generators.mobile_head import ImageHead
-from lmexp.generators.mobile_lowered import LoweredSynthesis
 from lmexp.generators.mobile_stylegan import MobileNetwork, Modulation
 from lmexp.generators.mobile_styles import StackedStyles, split_styles
+from lmexp.generators.mobile_synthesis import LoweredSynthesis
 
 W_DIM = 6
 WIDTHS = (((64,), (128, 32), (32,)), ((5,), (20, 5), (7,), (3, 1, 2)), ((16,), (16,)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmexp.losses.noise import NoiseRegularization, autocorrelation
+from lmexp.losses.autocorrelation import autocorrelation
+from lmexp.losses.noise import NoiseRegularization
 from lmexp.losses.protocol import Candidate, Context, Targets
 
 UNUSED = cast(Any, None)

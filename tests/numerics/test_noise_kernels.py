@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmexp.losses.noise import autocorrelations
+from lmexp.losses.autocorrelation import autocorrelations
 
 SETS = ((4, 8, 8, 16, 16, 32, 32, 64, 64), (64,), (4,), (32, 8), (16, 16))
 """Sides of the maps; the last sets lack sizes that a generator would have."""

@@ -17,11 +17,12 @@ from lmexp.acceleration import Acceleration
 from lmexp.landmarks.framing import affine_grid, average
 from lmexp.latents import LatentStatistics
 from lmexp.losses import identity_network
+from lmexp.losses.autocorrelation import autocorrelation, autocorrelations
 from lmexp.losses.coordinates import LandmarkCoordinates
 from lmexp.losses.identity import IdentityDistance
 from lmexp.losses.landmarks import LandmarkHeatmaps
 from lmexp.losses.lpips import Lpips
-from lmexp.losses.noise import NoiseRegularization, autocorrelation, autocorrelations
+from lmexp.losses.noise import NoiseRegularization
 from lmexp.losses.prior import LatentPrior
 from lmexp.losses.protocol import Candidate, Context, Targets, Term
 

@@ -1,4 +1,4 @@
-"""MobileStyleGAN's synthesis in half precision, laid out for a GPU.
+"""MobileStyleGAN's layers in half precision, laid out for a GPU.
 
 Here channels are the last axis of the shape, not of the memory alone: 1×1 convolutions are matrix
 products, the inverse Haar transform is one pass of indices and signs, and a depthwise convolution
@@ -9,16 +9,15 @@ their own on CUDA (`mobile_triton`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmexp.acceleration import Checked
 from lmexp.convolutions import depthwise, taps_of
 from lmexp.generators.mobile_head import merge_bands
-from lmexp.generators.mobile_styles import StackedStyles, split_styles
+from lmexp.generators.mobile_styles import split_styles
 
 LEAK = 0.2
 
@@ -115,8 +114,8 @@ class LoweredBlock(nn.Module):
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.conv1 = _lower(block.get_submodule("conv1"), dtype)
-        self.conv2 = _lower(block.get_submodule("conv2"), dtype)
+        self.conv1 = lower(block.get_submodule("conv1"), dtype)
+        self.conv2 = lower(block.get_submodule("conv2"), dtype)
 
     def forward(self, x: Tensor, up: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """x: [N, h, w, 4C], styles of the bands and of both layers -> [N, 2h, 2w, C_out]."""
@@ -240,73 +239,6 @@ class LoweredTail(nn.Module):
         return images
 
 
-class LoweredSynthesis(nn.Module):
-    """A MobileStyleGAN's synthesis, lowered.
-
-    Args:
-        trunk: `mobile_stylegan.Trunk`, in float32.
-        head: its head, in float32.
-        dtype: half precision.
-    """
-
-    input: Tensor
-
-    def __init__(self, trunk: nn.Module, head: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("input", trunk.get_buffer("input").permute(0, 2, 3, 1).contiguous())
-        self.conv = _lower(trunk.get_submodule("conv"), dtype)
-        blocks = [LoweredBlock(block, dtype) for block in trunk.get_submodule("blocks").children()]
-        small = [block for block in blocks if block.conv1.dense]
-        self.blocks = nn.ModuleList(small)
-        self.styles = StackedStyles(_list_modulations(trunk, head))
-        self.tail = LoweredTail(
-            blocks[len(small) :], LoweredHead(head, dtype), self.styles.widths[1 + 2 * len(small) :]
-        )
-        self._start: Callable[[Tensor], tuple[Tensor, Tensor]] = self.start
-        self._end: Callable[[Tensor, Tensor], Tensor] = self.tail.forward
-        self._kernels: Checked | None = None
-
-    def compile_regions(self, fuse: Callable[..., Callable[..., Tensor]]) -> None:
-        """Compile what has no kernels."""
-        self._start = fuse(self.start)  # type: ignore[assignment]
-        self._end = fuse(self.tail.forward)
-
-    def start(self, ws: Tensor) -> tuple[Tensor, Tensor]:
-        """ws: [N, num_ws, w_dim] -> features of the small blocks and the tail's styles, [N, S]."""
-        styles, of_tail = self.styles(ws, apart=1 + 2 * len(self.blocks))
-        x = self.conv(self.input, styles[0])
-        for index, block in enumerate(self.blocks):
-            x = block(x, *styles[1 + 3 * index : 4 + 3 * index])
-        return x, of_tail
-
-    def forward(self, ws: Tensor) -> Tensor:
-        """ws: [N, num_ws, w_dim] -> images: [N, 3, R, R], float32."""
-        x, styles = self._start(ws)
-        if not (x.is_cuda and self.tail.has_kernels):
-            return self._end(x, styles)
-        if self._kernels is None:
-            from lmexp.generators.mobile_triton import paint
-
-            self._kernels = Checked(
-                "MobileStyleGAN",
-                lambda x, styles: paint(self.tail, x, styles),
-                lambda x, styles: self.tail(x, styles),
-                lambda x, styles: self._end(x, styles),
-            )
-        return self._kernels(x, styles)
-
-
-def _list_modulations(trunk: nn.Module, head: nn.Module) -> list[list[nn.Module]]:
-    """Modulations of a network, by the style vector that they read."""
-    found = [[trunk.get_submodule("modulation")]]
-    for block in trunk.get_submodule("blocks").children():
-        found.append([block.get_submodule("up"), block.get_submodule("modulation1")])
-        found.append([block.get_submodule("modulation2")])
-    there = dict(head.named_modules())
-    names = ("layer1.modulation", "layer2.modulation", "modulation")
-    return found + [[there[name]] for name in names if name in there]
-
-
 def _to_pixels(bands: Tensor) -> Tensor:
     """Haar bands of three colours along the first axis, [12, …] -> four pixels', [16, …].
 
@@ -317,7 +249,7 @@ def _to_pixels(bands: Tensor) -> Tensor:
     return torch.cat([pixels, pixels.new_zeros(_COLUMNS - 12, *bands.shape[1:])])
 
 
-def _lower(layer: nn.Module, dtype: torch.dtype) -> LoweredLayer:
+def lower(layer: nn.Module, dtype: torch.dtype) -> LoweredLayer:
     """An `ActivatedConv`, lowered."""
     buffers = dict(layer.named_buffers())
     return LoweredLayer(

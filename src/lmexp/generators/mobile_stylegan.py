@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lmexp.errors import LmexpError
 from lmexp.generators.mobile_head import ImageHead, merge_bands
-from lmexp.generators.mobile_lowered import LoweredSynthesis
+from lmexp.generators.mobile_synthesis import LoweredSynthesis
 from lmexp.weights import store
 
 LEAK = 0.2

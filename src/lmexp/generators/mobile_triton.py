@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -37,10 +37,8 @@ from lmexp.generators.mobile_kernels import (
     spread_kernel,
     stream_kernel,
 )
+from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
 from lmexp.generators.mobile_styles import split_styles
-
-if TYPE_CHECKING:
-    from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
 
 LEAK = 0.2
 ROWS, COLUMNS, WARPS = 8, 16, 4

@@ -7,7 +7,7 @@ are before their bias and PReLU: a PReLU's slopes may be negative, and then its 
 tell on which side it was.
 
 Maps are [N, h, w, C] with channels last in memory; everything is computed in float32, whatever is
-stored. The same in plain operations: `identity_network.separable`.
+stored. The same in plain operations: `identity_layers.separable`.
 """
 
 # "no cover": they run on GPUs and, when tested, in a process of their own.
@@ -16,15 +16,14 @@ stored. The same in plain operations: `identity_network.separable`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lmexp.losses.identity_network import LoweredLayer
+from lmexp.losses.identity_layers import LoweredLayer
 
 BLOCK, WARPS = 1024, 4
 """Elements of a program, and warps that work on them. Widths are no constants of the kernels: there
@@ -179,6 +178,6 @@ class _Separable(torch.autograd.Function):  # pragma: no cover
 def separable(
     x: Tensor, before: LoweredLayer, grouped: LoweredLayer, dense: LoweredLayer
 ) -> Tensor:  # pragma: no cover
-    """`identity_network.separable` by these kernels; sides are even where the stride is 2."""
+    """`identity_layers.separable` by these kernels; sides are even where the stride is 2."""
     y: Tensor = _Separable.apply(x, before, grouped, dense)
     return y

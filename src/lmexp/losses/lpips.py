@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
@@ -217,6 +218,9 @@ class Lpips:
             fused = fuse(measure)
             return lambda candidate: fused(candidate.averaged(side))
 
+        # Triton comes with PyTorch's CUDA builds alone.
+        from lmexp.losses.perceptual.vgg_triton import distance
+
         count = len(target)
 
         def plain(images: Tensor, *rows: Tensor) -> Tensor:
@@ -225,7 +229,7 @@ class Lpips:
 
         prepared = prepare if pixels is None else fuse(prepare)
         rows = [*target, *(places or ())]
-        checked = Checked(self.network, frozen.distance, plain, fuse(plain), slopes=1)
+        checked = Checked(self.network, partial(distance, frozen), plain, fuse(plain), slopes=1)
         return lambda candidate: checked(prepared(candidate.averaged(side)), *rows)
 
     def keep(self, targets: Targets) -> Tensor | None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmexp.losses.noise import LEAST_SIDE
+from lmexp.losses.autocorrelation import LEAST_SIDE
 
 BLOCK = 512
 """Cells of 2×2, and in the backward pass places, that a program works on at a time."""
@@ -259,6 +259,6 @@ class _Autocorrelations(torch.autograd.Function):  # pragma: no cover
 
 
 def autocorrelations(maps: Sequence[Tensor]) -> Tensor:
-    """See `lmexp.losses.noise.autocorrelations`; for maps that `applies` accepts."""
+    """See `lmexp.losses.autocorrelation.autocorrelations`; for maps that `applies` accepts."""
     total: Tensor = _Autocorrelations.apply(*maps)
     return total

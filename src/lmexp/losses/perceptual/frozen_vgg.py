@@ -88,22 +88,6 @@ class FrozenVgg(nn.Module):
         return (height + more) // 2, (width + more) // 2
 
     def split(self, rows: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-        """The rows that `distance` is given: targets, and weights of places or None for each."""
+        """`vgg_triton.distance`'s rows: targets, and weights of places or None for each."""
         targets, places = rows[: self._count], rows[self._count :]
         return targets, places or [None] * self._count
-
-    def distance(self, images: Tensor, *rows: Tensor) -> Tensor:
-        """`lmexp.losses.lpips.feature_distance` of the images' features, by kernels.
-
-        Args:
-            images: [N, 3, h, w], RGB in [-1, 1].
-            rows: a target for each block, [N, C, h', w'], normalised and of this network's type;
-                then nothing, or for each block its places' weights, [N, 1, h', w'].
-
-        Returns:
-            [N], float32; its gradient is that with respect to the images alone.
-        """
-        # Triton comes with PyTorch's CUDA builds alone.
-        from lmexp.losses.perceptual.vgg_triton import distance
-
-        return distance(self, images, rows)

@@ -17,8 +17,8 @@ every run. What is computed, in plain operations: `lmexp.losses.lpips.feature_di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -26,8 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
+from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
 
 BLOCK, WARPS = 2048, 4
 """Elements of a program where elements are strangers to each other, and warps on them."""
@@ -517,7 +516,17 @@ class _Distance(torch.autograd.Function):  # pragma: no cover
         return None, images.to(ctx.dtype), *(None for _ in rows)
 
 
-def distance(vgg: FrozenVgg, images: Tensor, rows: Sequence[Tensor]) -> Tensor:  # pragma: no cover
-    """`vgg.distance` by these kernels; `vgg.has_kernels` says whether they fit it."""
+def distance(vgg: FrozenVgg, images: Tensor, *rows: Tensor) -> Tensor:  # pragma: no cover
+    """`lmexp.losses.lpips.feature_distance` of the images' features, by these kernels.
+
+    Args:
+        vgg: one for which `has_kernels` holds.
+        images: [N, 3, h, w], RGB in [-1, 1].
+        rows: a target for each block, [N, C, h', w'], normalised and of this network's type;
+            then nothing, or for each block its places' weights, [N, 1, h', w'].
+
+    Returns:
+        [N], float32; its gradient is that with respect to the images alone.
+    """
     found: Tensor = _Distance.apply(vgg, images, *rows)
     return found
