@@ -72,7 +72,7 @@ def conclude(
             assert job.faces is not None
             face = id(job.faces[1])
             if face not in wanted:  # a sweep's jobs mostly want one expression
-                wanted[face] = _judge(job, bench, _row(projected.targets.expression, k))
+                wanted[face] = _judge(job, bench, projected.targets.expression_of(k)[0])
             with torch.no_grad():
                 result = _result(k, projected)
                 summary = _summarise(k, job, result, wanted[face], projected, bench)
@@ -133,12 +133,13 @@ def _summarise(
         **bench.term_weights(job.config),
     }
     row = slice(k, k + 1)
+    expression, expression_landmarks = targets.expression_of(k)
     exhibits = Exhibits(
         result=result.image,
         look=targets.look[row],
-        expression=_row(targets.expression, k)[None],
+        expression=expression[None],
         look_landmarks=targets.look_landmarks[row],
-        expression_landmarks=_row(targets.expression_landmarks, k)[None],
+        expression_landmarks=expression_landmarks[None],
         inversion=inverted[1][row] if inverted else None,
         ws=result.ws,
         inversion_ws=expand(inverted[0].ws[row], num_ws) if inverted else None,
@@ -181,8 +182,3 @@ def _last_step(folder: RunFolder) -> dict[str, Any]:
     last = folder.read_last_metrics()
     losses = {"raw": last["raw"], "weighted": last["weighted"], "total": last["loss"]}
     return {"steps_taken": last["step"] + 1, "losses": losses}
-
-
-def _row(batch: Tensor | None, k: int) -> Tensor:
-    assert batch is not None
-    return batch[k]

@@ -296,11 +296,12 @@ class _Session:
         targets = self._targets(jobs)
         start, inverted = self._start(jobs, context, targets)
         for k, job in enumerate(jobs):
+            expression, expression_landmarks = targets.expression_of(k)
             job.recorder.start(
                 look=targets.look[k],
-                expression=_row(targets.expression, k),
+                expression=expression,
                 look_landmarks=targets.look_landmarks[k],
-                expression_landmarks=_row(targets.expression_landmarks, k),
+                expression_landmarks=expression_landmarks,
                 first_step=job.first_step,
                 diff=self.git.diff if self.git else "",
             )
@@ -469,8 +470,3 @@ def _one_line(fault: Exception) -> str:
 
 def _schedule(optimizer: Optimizer) -> Schedule:
     return Schedule.read(optimizer.model_dump())
-
-
-def _row(batch: Tensor | None, k: int) -> Tensor:
-    assert batch is not None
-    return batch[k]

@@ -61,6 +61,11 @@ class Targets:
     expression_landmarks: Tensor | None = None
     landmark_weights: Tensor | None = None
 
+    def expression_of(self, k: int) -> tuple[Tensor, Tensor]:
+        """Job k's expression, of targets that have one: [3, R, R], and its landmarks [68, 2]."""
+        assert self.expression is not None and self.expression_landmarks is not None
+        return self.expression[k], self.expression_landmarks[k]
+
 
 @dataclass
 class Candidate:
