@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmexp.adam import EPSILON
+from lmexp.kernel_launch import await_turn, launch
 
 BLOCK, WARPS = 1024, 4
 """Elements that a program works on at a time, and its warps."""
@@ -43,6 +44,7 @@ def _step_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     SUMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     row = tl.program_id(1).to(tl.int64)
     # Blocks, not numbers: Triton's interpreter combines the conditions of those alone.
     moves = tl.full([BLOCK], tl.load(moving + row), tl.float32) != 0
@@ -93,6 +95,7 @@ def _normalise_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     BLOCK: tl.constexpr,
     MOST: tl.constexpr,
 ):
+    await_turn()
     row = tl.program_id(1).to(tl.int64)
     moves = tl.full([BLOCK], tl.load(moving + row), tl.float32) != 0
     breaks = tl.full([BLOCK], tl.load(broken + row), tl.int32) != 0
@@ -127,7 +130,9 @@ def advance(
     blocks = triton.cdiv(count, BLOCK)
     programs = min(blocks, MOST)
     partial = value.new_empty(rows, programs, 2)
-    _step_kernel[(programs, rows)](
+    launch(
+        _step_kernel,
+        (programs, rows),
         value,
         mean,
         square,
@@ -147,7 +152,9 @@ def advance(
         num_warps=WARPS,
     )
     if is_noise:
-        _normalise_kernel[(blocks, rows)](
+        launch(
+            _normalise_kernel,
+            (blocks, rows),
             value,
             moving,
             broken,

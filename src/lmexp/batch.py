@@ -205,7 +205,9 @@ class Batch:
             raise LmexpError(
                 f"loss: none of the terms ({', '.join(losses.raw)}) depends on what is optimised"
             )
-        found = torch.autograd.grad(losses.total.sum(), leaves, allow_unused=True)
+        found = torch.autograd.grad(
+            losses.total, leaves, torch.ones_like(losses.total), allow_unused=True
+        )
         with torch.no_grad():
             gradients = [
                 torch.zeros_like(leaf) if gradient is None else gradient

@@ -148,7 +148,7 @@ def test_kernels_stay_few(
 
     launched: list[Any] = []
     monkeypatch.setattr(
-        fan_triton, "_launch", lambda kernel, grid, **arguments: launched.append(kernel)
+        fan_triton, "launch", lambda kernel, grid, **arguments: launched.append(kernel)
     )
     # As deep as the embedded and the published networks.
     network = build(16, 4, stacks, CEILING)
@@ -164,7 +164,7 @@ def test_kernels_stay_few(
 def test_maps_are_freed_as_the_backward_pass_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     from lmexp.landmarks import fan_triton
 
-    monkeypatch.setattr(fan_triton, "_launch", lambda kernel, grid, **arguments: None)
+    monkeypatch.setattr(fan_triton, "launch", lambda kernel, grid, **arguments: None)
     network = build(16, 1, 1, CEILING)
     arranged = network.arrange(draw(1, 3, 16, 16)).requires_grad_()
     maps: Any = fan_triton.draw(network, arranged)

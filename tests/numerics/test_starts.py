@@ -115,7 +115,7 @@ def test_one_start_is_as_if_there_were_none(context: Context, targets: Targets) 
         del step
 
     assert one.follow(callback) is callback
-    objective = Objective({})
+    objective = Objective({}, torch.zeros(0, 1))
     assert one.choose(objective, context, start, seeds=[3, 5], first_view=8) == (start, [None] * 2)
 
 

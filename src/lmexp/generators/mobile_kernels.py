@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lmexp.kernel_launch import await_turn
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _place(tile, height, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def] # pragma: no cover
@@ -105,6 +107,7 @@ def spread_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # Modulation and depthwise 3×3: what a layer's product is of.
     image, first, column = _strip(tl.program_id(0), height, width, ROWS, PLACES)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -177,6 +180,7 @@ def spread_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # The same of modulated bands x [height, width, 4 C], by their inverse Haar transform, which is
     # stored nowhere. ROWS is of the bands; the style `up` of the next image is `up_stride` further.
     image, first, column = _strip(tl.program_id(0), height, 2 * width, ROWS, PLACES)
@@ -278,6 +282,7 @@ def product_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # [rows, C_IN] · weight [C_OUT, C_IN] turned, constant, bias, leaky ReLU. If PAINTS, also the
     # image of the result, as in `image_kernel`: `style` [images, C_OUT], `colours` [C_OUT, 16],
     # `shade` [16]. Then N is C_OUT, and M divides the places of an image. Programs of the same rows
@@ -343,6 +348,7 @@ def stream_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # The same by programs that keep the weights of their N outputs and have the rows of the next
     # tiles under way. M divides the rows, and N the outputs.
     output = tl.program_id(1) * N + tl.arange(0, N)
@@ -382,6 +388,7 @@ def image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    await_turn()
     # Four pixels of three colours at each place; `weight` is [C, 16], `out` [N, 3, 2 h, 2 w].
     image, row, column, inside = _place(tl.program_id(0), height, width, ROWS, COLUMNS)
     colour = tl.arange(0, 16)
@@ -445,6 +452,7 @@ def back_image_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACES: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
+    await_turn()
     # From the image to behind the 1×1 convolution, `weight` [C_OUT, K], whose activated result `y`
     # [.., K] it is made of by `colours` [16, K].
     program = tl.program_id(0)
@@ -508,6 +516,7 @@ def gather_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # Back through a depthwise convolution, a style and an activation, whose result is `y`; `more`
     # reads y beside the layer.
     program = tl.program_id(0)
@@ -568,6 +577,7 @@ def gather_bands_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     # As gather_kernel, through the inverse Haar transform that the layer reads: `x` and `out`
     # [N, h, w, 4 C] are the bands, `gradient` is [N, 2 h, 2 w, C]. `leak` counts if ACTIVATED. Sums
     # are of the bands and their gradients before any style.
@@ -650,6 +660,7 @@ def add_up_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     ADDED: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    await_turn()
     # Partial sums of all layers, by `table`, see _list_work, into `found` [N, columns]. Rows are
     # taken four at a time: of bands these are a tile's four, which go to four columns of `up`'s
     # gradient, by the layer's own style, and by `up` into that style's.

@@ -39,6 +39,7 @@ from lmexp.generators.mobile_kernels import (
 )
 from lmexp.generators.mobile_lowered import LoweredHead, LoweredTail
 from lmexp.generators.mobile_styles import split_styles
+from lmexp.kernel_launch import launch
 
 LEAK = 0.2
 ROWS, COLUMNS, WARPS = 8, 16, 4
@@ -210,7 +211,9 @@ def _add_up(
     n, columns = styles.shape
     found = torch.empty_like(styles, memory_format=torch.contiguous_format)
     table = _make_table(partials, tuple(map(tuple, widths)), columns, styles.device)
-    add_up_kernel[(n, len(table))](
+    launch(
+        add_up_kernel,
+        (n, len(table)),
         sums,
         table,
         styles,
@@ -233,7 +236,19 @@ def _spread(x: Tensor, style: Tensor, taps: Tensor) -> Tensor:  # pragma: no cov
     n, height, width, channels = x.shape
     out = torch.empty_like(x)
     grid, sizes = _walk(SPREAD_ROWS, n, height, width, channels)
-    spread_kernel[grid](x, style, style.stride(0), taps, out, height, width, C=channels, **sizes)
+    launch(
+        spread_kernel,
+        grid,
+        x,
+        style,
+        style.stride(0),
+        taps,
+        out,
+        height,
+        width,
+        C=channels,
+        **sizes,
+    )
     return out
 
 
@@ -247,7 +262,9 @@ def _spread_bands(x: Tensor, up: Tensor, style: Tensor, taps: Tensor) -> Tensor:
     places = max(8, min(SPREAD_VALUES // narrow, width // 4))
     rows = min(SPREAD_BANDS, max(4, height // 4))
     tiles = _tiles(rows, places, n, height, width)
-    spread_bands_kernel[(tiles, channels // narrow)](
+    launch(
+        spread_bands_kernel,
+        (tiles, channels // narrow),
         x,
         up,
         up.stride(0),
@@ -294,7 +311,9 @@ def _stream(x: Tensor, layer: Any, out: Tensor) -> bool:  # pragma: no cover
     m, wide, warps, stages, share = sizes
     across, tiles = outputs // wide, rows // m
     programs = max(1, share * _count_processors(x.device) // across)
-    stream_kernel[(min(programs, tiles), across)](
+    launch(
+        stream_kernel,
+        (min(programs, tiles), across),
         x,
         layer.weight,
         layer.constant,
@@ -333,7 +352,9 @@ def _product(
         return out
     rows = n * height * width
     m, wide, terms, warps, stages = _size_product(layer, image is not None)
-    product_kernel[(triton.cdiv(rows, m) * triton.cdiv(outputs, wide),)](
+    launch(
+        product_kernel,
+        (triton.cdiv(rows, m) * triton.cdiv(outputs, wide),),
         x,
         layer.weight,
         layer.constant,
@@ -372,7 +393,9 @@ def _image(
 ) -> Tensor:  # pragma: no cover
     n, height, width, channels = y.shape
     out = torch.empty(n, 3, 2 * height, 2 * width, device=y.device)
-    image_kernel[(_tiles(ROWS, COLUMNS, n, height, width),)](
+    launch(
+        image_kernel,
+        (_tiles(ROWS, COLUMNS, n, height, width),),
         y,
         style,
         style.stride(0),
@@ -435,7 +458,9 @@ def _back_image(
     tiles = _tiles(PAINTED_ROWS, PAINTED_PLACES, n, height, width)
     assert sums.shape == (tiles, channels)
     out = y.new_empty(n, height, width, outputs)
-    back_image_kernel[(tiles, triton.cdiv(outputs, wide))](
+    launch(
+        back_image_kernel,
+        (tiles, triton.cdiv(outputs, wide)),
         pixels,
         colours,
         y,
@@ -482,7 +507,9 @@ def _gather(
     grid, sizes = _walk(GATHER_ROWS, n, height, width, channels)
     assert sums.shape == (grid[0], channels)
     out = torch.empty_like(y)
-    gather_kernel[grid](
+    launch(
+        gather_kernel,
+        grid,
         gradient,
         taps,
         more,
@@ -520,7 +547,9 @@ def _gather_bands(
     grid, sizes = _walk(GATHER_ROWS, n, 2 * height, 2 * width, channels)
     assert sums.shape == (grid[0], bands)
     out = torch.empty_like(x)
-    gather_bands_kernel[grid](
+    launch(
+        gather_bands_kernel,
+        grid,
         gradient,
         taps,
         x,

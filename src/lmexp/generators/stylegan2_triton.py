@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmexp.kernel_launch import await_turn, launch
+
 FORWARD_TILE, FORWARD_WARPS = 2048, 4
 BACKWARD_TILE, BACKWARD_WARPS = 1024, 4
 FILTER_TILE = 1024
@@ -180,6 +182,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     CLAMP: tl.constexpr,
     LEAK: tl.constexpr,
 ):
+    await_turn()
     n = tl.program_id(1).to(tl.int64)
     pixels = height * width
     channel = tl.arange(0, C_BLOCK)
@@ -339,6 +342,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    await_turn()
     n = tl.program_id(1).to(tl.int64)
     program = tl.program_id(0)
     pixels = height * width
@@ -436,6 +440,7 @@ def _adjoint_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     TAPS: tl.constexpr,
     BORDER: tl.constexpr,
 ):
+    await_turn()
     # The filter is symmetric: its adjoint is itself, with the other border.
     n = tl.program_id(1).to(tl.int64)
     unit = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
@@ -467,6 +472,7 @@ def _grow_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     LAYER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # height and width are the small image's. A program has a part of one plane.
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < 4 * height * width
@@ -498,6 +504,7 @@ def _shrink_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     width,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # The transposed of the one above; height and width are the small image's, too.
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = at < height * width
@@ -577,7 +584,9 @@ def forward(
     styles = None if styles is None else _in_rows(styles)
     rgb = None if rgb is None else _in_rows(rgb)
     units = height * width if taps == 1 else height * width // 4
-    _forward_kernel[(triton.cdiv(units, P_BLOCK), N)](
+    launch(
+        _forward_kernel,
+        (triton.cdiv(units, P_BLOCK), N),
         source,
         demodulation,
         bias,
@@ -660,7 +669,9 @@ def backward(
     demodulation = _in_rows(demodulation)
     styles = None if styles is None else _in_rows(styles)
     rgb = None if rgb is None else _in_rows(rgb)
-    _backward_kernel[(programs, N)](
+    launch(
+        _backward_kernel,
+        (programs, N),
         _packed(grad_features) if features else grad_features,
         grad_image.contiguous(),
         source,
@@ -703,7 +714,9 @@ def backward(
     )
     if taps > 1:
         cells = (source_height + 1) // 2 * ((source_width + 1) // 2)
-        _adjoint_kernel[(triton.cdiv(cells, P_BLOCK), N)](
+        launch(
+            _adjoint_kernel,
+            (triton.cdiv(cells, P_BLOCK), N),
             convolved,
             grad_source,
             height,
@@ -729,7 +742,9 @@ class Grown(torch.autograd.Function):  # pragma: no cover
         image = image.contiguous()
         N, C, height, width = image.shape
         out = image.new_empty(N, C, 2 * height, 2 * width)
-        _grow_kernel[(triton.cdiv(4 * height * width, GROW_BLOCK), N * C)](
+        launch(
+            _grow_kernel,
+            (triton.cdiv(4 * height * width, GROW_BLOCK), N * C),
             image,
             None if layer is None else layer.contiguous(),
             out,
@@ -747,7 +762,13 @@ class Grown(torch.autograd.Function):  # pragma: no cover
         N, C, height, width = gradient.shape
         height, width = height // 2, width // 2
         out = gradient.new_empty(N, C, height, width)
-        _shrink_kernel[(triton.cdiv(height * width, GROW_BLOCK), N * C)](
-            gradient, out, height, width, BLOCK=GROW_BLOCK
+        launch(
+            _shrink_kernel,
+            (triton.cdiv(height * width, GROW_BLOCK), N * C),
+            gradient,
+            out,
+            height,
+            width,
+            BLOCK=GROW_BLOCK,
         )
         return out, gradient if ctx.layered else None

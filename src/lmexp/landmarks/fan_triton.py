@@ -32,6 +32,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmexp.kernel_launch import await_turn, launch
+from lmexp.side_streams import SideStream
+
 BLOCK, WARPS = 2048, 4
 """Elements of a program, and warps that work on them."""
 
@@ -164,6 +167,7 @@ def _make_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # A program has a part of one row of `width` places, each of which is 2×2 of the map if there
     # are four corners. With one, a row is a whole image.
     begin = tl.program_id(0).to(tl.int64) * width
@@ -348,6 +352,7 @@ def _collect_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     BOUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # Programs have their parts as in `_make_kernel`.
     begin = tl.program_id(0).to(tl.int64) * width
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -428,6 +433,7 @@ def _draw_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACES: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
+    await_turn()
     # One pass from channels-last to maps in float32, which are rounded as any other result.
     image = tl.program_id(0).to(tl.int64)
     place = (tl.program_id(1) * PLACES + tl.arange(0, PLACES))[:, None]
@@ -524,10 +530,6 @@ def _convolve_back(gradient: Tensor, x: Tensor, conv: Any) -> Tensor:  # pragma:
     return _packed(made[0])
 
 
-def _launch(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:  # pragma: no cover
-    kernel[grid](**arguments)
-
-
 def _launch_over(
     kernel: Any, size: torch.Size, quads: bool, ceiling: float, **arguments: Any
 ) -> None:  # pragma: no cover
@@ -535,7 +537,7 @@ def _launch_over(
     N, C, height, width = size
     rows, places = (N * height // 2, width // 2) if quads else (N, height * width)
     block, warps = (QUAD_BLOCK, QUAD_WARPS) if quads else (BLOCK, WARPS)
-    _launch(
+    launch(
         kernel,
         (rows, triton.cdiv(places * C, block)),
         **arguments,
@@ -700,7 +702,7 @@ def _draw_maps(x: Tensor, conv: Any) -> Tensor:  # pragma: no cover
     y = _convolve(x, conv)
     N, K, height, width = y.shape
     maps = torch.empty(y.shape, device=y.device)
-    _launch(
+    launch(
         _draw_kernel,
         (N, triton.cdiv(height * width, MAP_PLACES)),
         x=y,
@@ -755,14 +757,19 @@ def _back_block(block: Any, slope: _Slope, tape: Tape) -> _Due:  # pragma: no co
 
 
 def _run_hourglass(
-    hourglass: Any, fine: _Read, halved: _Read, reader: _Reader, tape: Tape
+    hourglass: Any, fine: _Read, halved: _Read, reader: _Reader, tape: Tape, depth: int = 0
 ) -> _Read:  # pragma: no cover
     """From what the blocks across and down read to what follows.
+
+    The block across has nothing to do with all that is inside, which is small: the two run side by
+    side.
 
     Here and below nothing has a name for longer than it is needed: names hold memory.
     """
     ceiling, inner, up = hourglass.across.ceiling, hourglass.inner, _reader(hourglass.up)
-    across = _run_block(hourglass.across, fine, tape)
+    aside: Tape = deque(maxlen=tape.maxlen)
+    with SideStream(fine.first.device, depth) as beside:
+        across = _run_block(hourglass.across, fine, aside)
     down = _run_block(hourglass.down, halved, tape)
     if hourglass.is_innermost:
         down = _run_block(inner, _make(down, ceiling, _reader(inner))[0], tape)
@@ -770,16 +777,22 @@ def _run_hourglass(
     else:
         reads = _make(down, ceiling, _reader(inner.across), halved=_reader(inner.down))
         del down
-        read = _run_hourglass(inner, *reads, up, tape)
+        read = _run_hourglass(inner, *reads, up, tape, depth + 1)
     coarse = _run_block(hourglass.up, read, tape)
+    # Backward, it is the block across that comes first.
+    tape.extend(aside)
+    beside.join()
     return _make(across, ceiling, reader, coarse=coarse)[0]
 
 
 def _back_hourglass(
-    hourglass: Any, fine: _Slope, coarse: Any, tape: Tape
+    hourglass: Any, fine: _Slope, coarse: Any, tape: Tape, depth: int = 0
 ) -> tuple[_Due, _Due]:  # pragma: no cover
     """From the gradients of the blocks across and up to those of what across and down read."""
     ceiling, inner = hourglass.across.ceiling, hourglass.inner
+    held = tape[-1]
+    with SideStream(fine.whole.device, depth) as beside:
+        across = _back_block(hourglass.across, fine, tape)
     due = _back_block(hourglass.up, coarse, tape)
     if hourglass.is_innermost:
         due = _back_block(inner, _collect(due, ceiling)[0], tape)
@@ -787,10 +800,12 @@ def _back_hourglass(
     else:
         slopes = _collect(due, ceiling, halves=True)
         del due
-        across, down = _back_hourglass(inner, *slopes, tape)
-        slope = _collect(across, ceiling, coarse=down)[0]
+        wide, down = _back_hourglass(inner, *slopes, tape, depth + 1)
+        slope = _collect(wide, ceiling, coarse=down)[0]
     halved = _back_block(hourglass.down, slope, tape)
-    return _back_block(hourglass.across, fine, tape), halved
+    beside.join()
+    del held
+    return across, halved
 
 
 def _run_rectified(conv: Any, x: Tensor, reader: _Reader) -> _Read:  # pragma: no cover

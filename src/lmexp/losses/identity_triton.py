@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmexp.kernel_launch import await_turn, launch
 from lmexp.losses.identity_layers import LoweredLayer
 
 BLOCK, WARPS = 1024, 4
@@ -47,6 +48,7 @@ def _convolve_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # Bias and PReLU, depthwise 3×3 -> `raw`, bias and PReLU -> `out`; height and width are theirs.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
@@ -91,6 +93,7 @@ def _convolve_back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # The gradient of the above with respect to x; height and width are those of x.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
@@ -128,7 +131,9 @@ class _Separable(torch.autograd.Function):  # pragma: no cover
         shape = (n, height // grouped.stride, width // grouped.stride, channels)
         raw, activated = x.new_empty(shape), x.new_empty(shape)
         grid = (triton.cdiv(raw.numel(), BLOCK),)
-        _convolve_kernel[grid](
+        launch(
+            _convolve_kernel,
+            grid,
             x,
             before.bias,
             before.slope,
@@ -155,7 +160,9 @@ class _Separable(torch.autograd.Function):  # pragma: no cover
         gradient = (gradients[0] @ dense.weight).contiguous()
         out = torch.empty_like(x)
         grid = (triton.cdiv(out.numel(), BLOCK),)
-        _convolve_back_kernel[grid](
+        launch(
+            _convolve_back_kernel,
+            grid,
             gradient,
             raw,
             grouped.bias,

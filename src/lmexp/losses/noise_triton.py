@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lmexp.kernel_launch import await_turn, launch
 from lmexp.losses.autocorrelation import LEAST_SIDE
 
 BLOCK = 512
@@ -63,6 +64,7 @@ def _correlate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     HALVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # The side is 2 ** bits: no lane has to divide.
     area = side * side
     x = _choose(buffer, first, second, halved, jobs, area)
@@ -112,6 +114,7 @@ def _differentiate_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     COARSE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     area = side * side
     x = _choose(buffer, first, second, halved, jobs, area)
     out = _choose(grad_buffer, grad_first, grad_second, halved, jobs, area)
@@ -204,7 +207,9 @@ class _Autocorrelations(torch.autograd.Function):  # pragma: no cover
             halve = level.side > LEAST_SIDE
             blocks = triton.cdiv(level.side**2 // 4, BLOCK)
             programs = min(blocks, MOST)
-            _correlate_kernel[(programs, level.count * N)](
+            launch(
+                _correlate_kernel,
+                (programs, level.count * N),
                 *_pointers(level.buffer, level.own),
                 partial[level.first_row * N :],
                 levels[index + 1].buffer if halve else level.buffer,
@@ -241,7 +246,9 @@ class _Autocorrelations(torch.autograd.Function):  # pragma: no cover
             own = [torch.empty_like(noise) for noise in level.own]
             if level.count:
                 halved = level.side > LEAST_SIDE
-                _differentiate_kernel[(triton.cdiv(level.side**2, BLOCK), level.count * N)](
+                launch(
+                    _differentiate_kernel,
+                    (triton.cdiv(level.side**2, BLOCK), level.count * N),
                     *_pointers(level.buffer, level.own),
                     factors[level.first_row :],
                     coarse if halved else buffer,

@@ -27,13 +27,25 @@ class Losses:
 
 
 class Objective:
-    """Terms that are bound to their targets, and each job's weight of each."""
+    """Terms that are bound to their targets, and each job's weight of each.
+
+    Args:
+        terms: by name.
+        weights: [T, N], row by row of `terms`.
+        of_expression: the terms that need the expression.
+    """
 
     def __init__(
-        self, terms: Mapping[str, tuple[BoundTerm, Tensor]], of_expression: Collection[str] = ()
+        self,
+        terms: Mapping[str, BoundTerm],
+        weights: Tensor,
+        of_expression: Collection[str] = (),
     ) -> None:
         self._terms = dict(terms)
+        self._weights = weights
         self._of_expression = frozenset(of_expression)
+        staged = [name in self._of_expression for name in terms]
+        self._staged = torch.tensor(staged, device=weights.device)[:, None]
         self._aside: torch.cuda.Stream | None = None
 
     @classmethod
@@ -53,13 +65,18 @@ class Objective:
             targets: row k for job k. Without an expression, the terms that need one are
                 left out too.
         """
-        bound: dict[str, tuple[BoundTerm, Tensor]] = {}
-        for name, term in terms.items():
-            per_job = torch.tensor([job[name] for job in weights]).to(targets.look)
-            if not per_job.any() or (term.needs_expression and targets.expression is None):
-                continue
-            bound[name] = (term.bind(context, targets), per_job)
-        return cls(bound, [name for name in bound if terms[name].needs_expression])
+        used = {
+            name: term
+            for name, term in terms.items()
+            if any(job[name] for job in weights)
+            and not (term.needs_expression and targets.expression is None)
+        }
+        per_job = torch.tensor([[job[name] for job in weights] for name in used])
+        return cls(
+            {name: term.bind(context, targets) for name, term in used.items()},
+            per_job.to(targets.look),
+            [name for name, term in used.items() if term.needs_expression],
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,18 +89,23 @@ class Objective:
             expression_factor: ≥ 0, times the weights of the terms that need the expression;
                 a number or one per job.
         """
-        raw = self._evaluate(candidate)
-        weighted = {name: raw[name] * weight for name, (_, weight) in self._terms.items()}
+        found = self._evaluate(candidate)
+        # One tensor for all terms: what is done to each by itself costs a launch a term.
+        raw = torch.stack(list(found.values()))
+        weighted = raw * self._weights
         if isinstance(expression_factor, Tensor) or expression_factor != 1:
-            weighted |= {name: weighted[name] * expression_factor for name in self._of_expression}
-        return Losses(raw=raw, weighted=weighted, total=torch.stack(list(weighted.values())).sum(0))
+            weighted = torch.where(self._staged, weighted * expression_factor, weighted)
+        return Losses(
+            raw=dict(zip(found, raw, strict=True)),
+            weighted=dict(zip(found, weighted, strict=True)),
+            total=weighted.sum(0),
+        )
 
     def _evaluate(self, candidate: Candidate) -> dict[str, Tensor]:
         names = [name for name in self._terms if name in self._of_expression]
         others = [name for name in self._terms if name not in self._of_expression]
-        on_cuda = any(weight.is_cuda for _, weight in self._terms.values())
-        if not (on_cuda and names and others):
-            return {name: term(candidate) for name, (term, _) in self._terms.items()}
+        if not (self._weights.is_cuda and names and others):
+            return {name: term(candidate) for name, term in self._terms.items()}
         # The landmark network is many small kernels, which leave room for the look's terms beside
         # them; its backward pass takes the same stream by itself.
         here = torch.cuda.current_stream(candidate.images.device)
@@ -91,7 +113,7 @@ class Objective:
             self._aside = torch.cuda.Stream(candidate.images.device, priority=-1)  # type: ignore[no-untyped-call]
         self._aside.wait_stream(here)
         with torch.cuda.stream(self._aside):
-            found = {name: self._terms[name][0](candidate) for name in names}
-        found |= {name: self._terms[name][0](candidate) for name in others}
+            found = {name: self._terms[name](candidate) for name in names}
+        found |= {name: self._terms[name](candidate) for name in others}
         here.wait_stream(self._aside)
         return {name: found[name] for name in self._terms}

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmexp.kernel_launch import await_turn, launch
 from lmexp.losses.perceptual.frozen_vgg import FrozenVgg
 
 BLOCK, WARPS = 2048, 4
@@ -50,6 +51,7 @@ def _first_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACES: tl.constexpr,
     TERMS: tl.constexpr,
 ):
+    await_turn()
     # 3×3 over gain · (images [N, 3, h, w] + shift), bias, ReLU; `weight` is [TERMS, C].
     row = tl.program_id(0)
     image = (row // height).to(tl.int64)
@@ -84,6 +86,7 @@ def _first_back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACES: tl.constexpr,
     TERMS: tl.constexpr,
 ):
+    await_turn()
     # What each place gives to those of the image that it was made of: `out` [N, 27, h, w], in the
     # order of `weight` [C, TERMS]. `made` is the ReLU's result.
     row = tl.program_id(0)
@@ -110,6 +113,7 @@ def _add_up_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     width,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # What nine places gave to each of an image: [N, 3, 3, 3, h, w] -> [N, 3, h, w].
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
@@ -138,6 +142,7 @@ def _rectify_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
@@ -153,6 +158,7 @@ def _pass_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     count,
     BLOCK: tl.constexpr,
 ):
+    await_turn()
     # Back through the ReLU that made `made`.
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < count
@@ -195,6 +201,7 @@ def _tap_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
+    await_turn()
     # Bias and ReLU of the map y [N, h, w, C], its distance to `target`, and its 2×2 maximum.
     image = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
@@ -271,6 +278,7 @@ def _tap_back_kernel(  # type: ignore[no-untyped-def] # pragma: no cover
     PLACED: tl.constexpr,
     POOLED: tl.constexpr,
 ):
+    await_turn()
     # `slopes` [N] are the distance's, `pooled` the gradient of the maximum.
     image = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1) * CELLS + tl.arange(0, CELLS)
@@ -331,7 +339,9 @@ def _first(images: Tensor, vgg: FrozenVgg) -> Tensor:  # pragma: no cover
         device=images.device,
         memory_format=torch.channels_last,
     )
-    _first_kernel[(n * height, triton.cdiv(width, PLACES))](
+    launch(
+        _first_kernel,
+        (n * height, triton.cdiv(width, PLACES)),
         images,
         vgg.shift,
         vgg.gain,
@@ -351,7 +361,9 @@ def _first(images: Tensor, vgg: FrozenVgg) -> Tensor:  # pragma: no cover
 def _first_back(gradient: Tensor, made: Tensor, vgg: FrozenVgg) -> Tensor:  # pragma: no cover
     n, channels, height, width = made.shape
     shares = torch.empty((n, 27, height, width), dtype=made.dtype, device=made.device)
-    _first_back_kernel[(n * height, triton.cdiv(width, PLACES))](
+    launch(
+        _first_back_kernel,
+        (n * height, triton.cdiv(width, PLACES)),
         gradient,
         made,
         vgg.first_back,
@@ -366,7 +378,7 @@ def _first_back(gradient: Tensor, made: Tensor, vgg: FrozenVgg) -> Tensor:  # pr
     out = torch.empty(n, 3, height, width, device=made.device)
     count = out.numel()
     grid = (triton.cdiv(count, BLOCK),)
-    _add_up_kernel[grid](shares, vgg.gain, out, count, height, width, BLOCK=BLOCK)
+    launch(_add_up_kernel, grid, shares, vgg.gain, out, count, height, width, BLOCK=BLOCK)
     return out
 
 
@@ -374,7 +386,9 @@ def _rectify(x: Tensor, bias: Tensor) -> Tensor:  # pragma: no cover
     x = _packed(x)
     out = torch.empty_like(x)
     grid = (triton.cdiv(x.numel(), BLOCK),)
-    _rectify_kernel[grid](x, bias, out, x.numel(), C=x.shape[1], BLOCK=BLOCK, num_warps=WARPS)
+    launch(
+        _rectify_kernel, grid, x, bias, out, x.numel(), C=x.shape[1], BLOCK=BLOCK, num_warps=WARPS
+    )
     return out
 
 
@@ -382,7 +396,7 @@ def _pass(gradient: Tensor, made: Tensor) -> Tensor:  # pragma: no cover
     gradient = _packed(gradient)
     out = torch.empty_like(gradient)
     grid = (triton.cdiv(out.numel(), BLOCK),)
-    _pass_kernel[grid](gradient, made, out, out.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    launch(_pass_kernel, grid, gradient, made, out, out.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return out
 
 
@@ -408,7 +422,9 @@ def _tap(
 ) -> None:  # pragma: no cover
     """Write the distance's partial sums, [N, programs] with a stride, and the pooled map."""
     cells, programs = _cells(*y.shape[1:])
-    _tap_kernel[(len(y), programs)](
+    launch(
+        _tap_kernel,
+        (len(y), programs),
         y,
         bias,
         target,
@@ -440,7 +456,9 @@ def _tap_back(
     """The gradient behind the convolution that made y."""
     out = torch.empty_like(y)
     cells, programs = _cells(*y.shape[1:])
-    _tap_back_kernel[(len(y), programs)](
+    launch(
+        _tap_back_kernel,
+        (len(y), programs),
         y,
         bias,
         target,
