@@ -7,21 +7,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
-
-_PRIORITY = -2
-"""Of these streams, and of nobody else's: PyTorch hands out the same 32 streams of each priority in
-turn, and see `SideStream` for what would happen to a stream that somebody else was given, too."""
+from torch import Tensor
 
 
 class SideStream:
     """What is launched within goes to a stream of its own, beside what follows, until `join`.
 
-    Both streams take their memory from the same allocator, which knows of no other order than each
-    stream's own. Hence two rules. What is read within has to be held by a name until `join`, else
-    what follows could be given its place. What is made within may be let go at any time, since
-    nothing but the work within takes memory for that stream, and it begins by waiting for all that
-    was launched before it. Within a process, whoever enters has to wait for all that those before
-    him have launched; one thread whose streams wait for each other does.
+    Memory goes back to the stream that it was taken for, and is given away in that stream's order
+    alone. Hence two rules: what is read within is held by a name until `join`, else what follows
+    could be given its place; and what is made within and read after `join` is named to that, since
+    PyTorch hands out the same streams again and again, and another who was given this one could
+    take its place.
 
     Without CUDA, what is within runs where it stands.
 
@@ -48,12 +44,17 @@ class SideStream:
     ) -> None:
         self._within.__exit__(kind, fault, trace)
 
-    def join(self) -> None:
-        """Let what follows wait for it."""
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+    def join(self, *made: Tensor | None) -> None:
+        """Let what follows wait for it, and read what it has made."""
+        if self._stream is None:
+            return
+        here = torch.cuda.current_stream(self._device)
+        here.wait_stream(self._stream)
+        for tensor in made:
+            if tensor is not None:
+                tensor.record_stream(here)
 
 
 @cache
 def _stream(device: torch.device, index: int) -> Any:  # pragma: no cover
-    return torch.cuda.Stream(device, priority=_PRIORITY)  # type: ignore[no-untyped-call]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ def network() -> FrozenFan:
 
 @pytest.fixture
 def streams() -> list[Any]:
-    """All that PyTorch hands out of the two priorities that others use."""
+    """All that PyTorch hands out of two priorities: among them are those of the blocks."""
     stream: Any = torch.cuda.Stream
     return [stream(priority=k) for k in (0, -1) for _ in range(32)]
 
@@ -106,19 +106,46 @@ def test_operation_by_operation(
         assert torch.equal(one[0], wanted[0]) and torch.equal(one[1], wanted[1])
 
 
+def spoil() -> None:
+    """Take memory of the maps' sizes for the stream at hand, fill it, give it back."""
+    for side in (64, 32, 16, 8):
+        for channels in (128, 64, 32, 32):
+            shape = (4, channels, side, side)
+            torch.full(shape, torch.nan, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("shared", [False, True])
 def test_within_a_graph(
+    shared: bool,
     network: FrozenFan,
     inputs: tuple[Tensor, Tensor],
     wanted: tuple[Tensor, Tensor],
     streams: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with torch.cuda.stream(streams[0]):
-        draw(network, *inputs)
+    """Also where the blocks were given the stream of what stands beside them in the graph."""
+    from lmexp import side_streams
+
+    arranged, outer = inputs
+    aside = streams[33]
+    draw(network, *inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        made = draw(network, *inputs)
-    for _ in range(100):
+        here = torch.cuda.current_stream()
+        if shared:
+            monkeypatch.setattr(side_streams, "_stream", lambda device, index: here)
+        leaf = arranged.detach().requires_grad_()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            maps = network.draw(leaf)
+        spoil()
+        with torch.cuda.stream(aside):
+            (slope,) = torch.autograd.grad(maps, leaf, outer)
+        spoil()
+        here.wait_stream(aside)
+        made = maps.detach(), slope
+    for _ in range(50):
         for one in made:
             one.fill_(torch.nan)
         with crowd(streams):

@@ -781,7 +781,7 @@ def _run_hourglass(
     coarse = _run_block(hourglass.up, read, tape)
     # Backward, it is the block across that comes first.
     tape.extend(aside)
-    beside.join()
+    beside.join(*across)
     return _make(across, ceiling, reader, coarse=coarse)[0]
 
 
@@ -803,7 +803,7 @@ def _back_hourglass(
         wide, down = _back_hourglass(inner, *slopes, tape, depth + 1)
         slope = _collect(wide, ceiling, coarse=down)[0]
     halved = _back_block(hourglass.down, slope, tape)
-    beside.join()
+    beside.join(*(back.gradient for back in (across.back, across.around) if back is not None))
     del held
     return across, halved
 
