@@ -138,6 +138,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--agreement-steps", type=int, default=100)
     parser.add_argument("--no-agreement", action="store_true")
     parser.add_argument("--no-steps", action="store_true", help="agreement alone")
+    parser.add_argument("--no-yardstick", action="store_true")
     parser.add_argument("--no-parts", action="store_true")
     parser.add_argument("--budget", type=float, help="s; what would begin later is left out")
     parser.add_argument("--timeout", type=float, default=600.0, help="s, of one measurement")
@@ -176,6 +177,8 @@ def choose_cells(args: argparse.Namespace) -> list[Cell]:
         cells = [cell for cell in cells if cell.kind != "agreement"]
     if args.no_steps:
         cells = [cell for cell in cells if cell.kind == "agreement"]
+    if args.no_yardstick:
+        cells = [cell for cell in cells if cell.kind != "yardstick"]
     if args.no_parts:
         cells = [dataclasses.replace(cell, parts=False) for cell in cells]
     return cells
