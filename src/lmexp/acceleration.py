@@ -100,6 +100,11 @@ class Acceleration:
 PLAIN = Acceleration()
 
 
+_ERRORS = 0.05, 0.6
+"""Kinks of an activation turn on rounding, and SFace's gradients in bfloat16 differ by a third from
+those in float32. Wrong is about 1."""
+
+
 class Checked:
     """A function of batches whose kernels are held against plain operations before their first use.
 
@@ -114,6 +119,7 @@ class Checked:
         fallback: what is called instead of the kernels: the plain form, perhaps compiled.
         slopes: how many of the inputs, from the first on, the kernels have gradients for; None:
             all.
+        errors: relative, of values and of gradients, that are half precision's own.
     """
 
     def __init__(
@@ -123,9 +129,11 @@ class Checked:
         plain: Callable[..., Tensor],
         fallback: Callable[..., Tensor],
         slopes: int | None = None,
+        errors: tuple[float, float] = _ERRORS,
     ) -> None:
         self._name = name
         self._slopes = slopes
+        self._errors = errors
         self._fast, self._plain, self._fallback = fast, plain, fallback
         self._chosen: Callable[..., Tensor] | None = None
 
@@ -155,17 +163,12 @@ class Checked:
                     raise
                 return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         (wanted, slopes), (got, gradients) = found
-        if not _is_near(got, wanted, _VALUE_ERROR):
+        if not _is_near(got, wanted, self._errors[0]):
             return "other values"
         for slope, gradient in zip(slopes, gradients, strict=True):
-            if not _is_near(gradient, slope, _GRADIENT_ERROR):
+            if not _is_near(gradient, slope, self._errors[1]):
                 return "other gradients"
         return ""
-
-
-_VALUE_ERROR, _GRADIENT_ERROR = 0.05, 0.6
-"""Relative, of half precision: kinks of an activation turn on rounding, and SFace's gradients in
-bfloat16 differ by a third from those in float32. Wrong is about 1."""
 
 
 def _value_and_gradients(

@@ -23,11 +23,12 @@ class SideStream:
 
     Args:
         index: which of the streams; works that run side by side need several.
+        priority: below 0, its kernels come before those of other streams that wait, too.
     """
 
-    def __init__(self, device: torch.device, index: int = 0) -> None:
+    def __init__(self, device: torch.device, index: int = 0, priority: int = 0) -> None:
         self._device = device
-        self._stream: Any = _stream(device, index) if device.type == "cuda" else None
+        self._stream: Any = _stream(device, index, priority) if device.type == "cuda" else None
         self._within: Any = torch.cuda.stream(self._stream)  # of None: as it is
 
     def __enter__(self) -> SideStream:
@@ -56,5 +57,5 @@ class SideStream:
 
 
 @cache
-def _stream(device: torch.device, index: int) -> Any:  # pragma: no cover
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+def _stream(device: torch.device, index: int, priority: int) -> Any:  # pragma: no cover
+    return torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]

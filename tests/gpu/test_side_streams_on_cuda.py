@@ -22,7 +22,7 @@ pytestmark = [
 class InTurn:
     """In the place of `SideStream`: one after the other."""
 
-    def __init__(self, device: torch.device, index: int = 0) -> None:
+    def __init__(self, *of: object) -> None:
         pass
 
     def __enter__(self) -> InTurn:
@@ -31,7 +31,7 @@ class InTurn:
     def __exit__(self, *fault: object) -> None:
         pass
 
-    def join(self) -> None:
+    def join(self, *made: object) -> None:
         pass
 
 
@@ -134,7 +134,7 @@ def test_within_a_graph(
     with torch.cuda.graph(graph):
         here = torch.cuda.current_stream()
         if shared:
-            monkeypatch.setattr(side_streams, "_stream", lambda device, index: here)
+            monkeypatch.setattr(side_streams, "_stream", lambda *of: here)
         leaf = arranged.detach().requires_grad_()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):

@@ -108,7 +108,7 @@ def compare_kernels(device: str) -> list[float]:
         network = build(width, 2, stacks, ceiling)
         images = draw(n, 3, side, side)
         found: list[tuple[Tensor, Tensor]] = []
-        for there, function in (("cpu", FrozenFan.draw), (device, fan_triton.draw)):
+        for there, function in (("cpu", FrozenFan.draw_plainly), (device, fan_triton.draw)):
             network.to(there)
             leaf = images.to(there).requires_grad_()
             maps = function(network, network.arrange(leaf))
@@ -175,6 +175,30 @@ def test_maps_are_freed_as_the_backward_pass_goes(monkeypatch: pytest.MonkeyPatc
     assert not tape
     with pytest.raises(RuntimeError, match="second"):
         torch.autograd.grad(maps.sum(), arranged)
+
+
+@needs_triton
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_are_held_against_plain_operations_before_their_first_use(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lmexp.landmarks import fan_triton
+
+    calls: list[int] = []
+
+    def kernels(network: FrozenFan, arranged: Tensor) -> Tensor:
+        calls.append(len(arranged))
+        maps = network.draw_plainly(arranged)
+        return maps.flip(1) if wrong else maps
+
+    monkeypatch.setattr(FrozenFan, "has_kernels", True)
+    monkeypatch.setattr(fan_triton, "draw", kernels)
+    network = build(16, 1, 1, CEILING)
+    arranged = network.arrange(draw(3, 3, 16, 16))
+    for _ in range(2):
+        assert torch.equal(network.draw(arranged), network.draw_plainly(arranged))
+    assert calls == ([1] if wrong else [1, 3, 3])
+    assert ("the landmark network" in caplog.text) == wrong
 
 
 JOINED = ("half", "quarter", "last")

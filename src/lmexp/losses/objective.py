@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmexp.losses.protocol import BoundTerm, Candidate, Context, Targets, Term
+from lmexp.side_streams import SideStream
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ class Objective:
         self._of_expression = frozenset(of_expression)
         staged = [name in self._of_expression for name in terms]
         self._staged = torch.tensor(staged, device=weights.device)[:, None]
-        self._aside: torch.cuda.Stream | None = None
 
     @classmethod
     def bind(
@@ -106,14 +106,11 @@ class Objective:
         others = [name for name in self._terms if name not in self._of_expression]
         if not (self._weights.is_cuda and names and others):
             return {name: term(candidate) for name, term in self._terms.items()}
-        # The landmark network is many small kernels, which leave room for the look's terms beside
-        # them; its backward pass takes the same stream by itself.
-        here = torch.cuda.current_stream(candidate.images.device)
-        if self._aside is None:
-            self._aside = torch.cuda.Stream(candidate.images.device, priority=-1)  # type: ignore[no-untyped-call]
-        self._aside.wait_stream(here)
-        with torch.cuda.stream(self._aside):
+        # The landmark network is many small kernels, one waiting for the other, which leave room
+        # for the look's terms beside them; its backward pass takes the same stream by itself.
+        with SideStream(candidate.images.device, priority=-1) as aside:
             found = {name: self._terms[name](candidate) for name in names}
-        found |= {name: self._terms[name](candidate) for name in others}
-        here.wait_stream(self._aside)
+        beside = {name: self._terms[name](candidate) for name in others}
+        aside.join(*found.values())
+        found |= beside
         return {name: found[name] for name in self._terms}
