@@ -340,7 +340,7 @@ class FrozenFan(nn.Module):
 
 
 _ERRORS = 0.1, 0.8
-"""With the weights of the package, kernels differ from plain operations, both in bfloat16, by at most
+"""With the weights of the package, kernels differ from plain operations, both in bfloat16, by up to
 0.7 and 25 % on a face, 3.5 and 52 % on noise (one H200, 2026-12-01)."""
 
 
