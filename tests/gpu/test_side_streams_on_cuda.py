@@ -64,8 +64,10 @@ def crowd(streams: list[Any]) -> Iterator[None]:
 
 
 def draw(network: FrozenFan, arranged: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    from lmexp.landmarks import fan_triton
+
     leaf = arranged.detach().requires_grad_()
-    maps = network.draw(leaf)
+    maps = fan_triton.draw(network, leaf)
     (slope,) = torch.autograd.grad(maps, leaf, outer)
     return maps.detach(), slope
 
@@ -125,6 +127,7 @@ def test_within_a_graph(
 ) -> None:
     """Also where the blocks were given the stream of what stands beside them in the graph."""
     from lmexp import side_streams
+    from lmexp.landmarks import fan_triton
 
     arranged, outer = inputs
     aside = streams[33]
@@ -138,7 +141,7 @@ def test_within_a_graph(
         leaf = arranged.detach().requires_grad_()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            maps = network.draw(leaf)
+            maps = fan_triton.draw(network, leaf)
         spoil()
         with torch.cuda.stream(aside):
             (slope,) = torch.autograd.grad(maps, leaf, outer)
