@@ -67,10 +67,10 @@ class GitState:
 
 
 @cache
-def _installed() -> dict[str, str]:
-    """Versions of `PACKAGES`: looked up once, for it takes as long as writing a picture."""
+def _installed(packages: tuple[str, ...]) -> dict[str, str]:
+    """Their versions: looked up once, for it takes as long as writing a picture."""
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -80,7 +80,11 @@ def _installed() -> dict[str, str]:
 
 def describe_versions() -> dict[str, str]:
     """Versions of Python, of the system and of the installed ones of `PACKAGES`."""
-    found = {"python": platform.python_version(), "system": platform.platform(), **_installed()}
+    found = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        **_installed(PACKAGES),
+    }
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     return found
