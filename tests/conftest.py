@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 # Processes that share the cores make any example slow now and then; that is no fault.
@@ -18,6 +21,14 @@ settings.load_profile("shared_cores")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes half a minute comes first: at the end one core would wait for it."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Every test draws the same numbers, whichever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -71,6 +71,7 @@ def test_runs_then_scores_then_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(script, "build_scores", lambda choice: Flat())
+    monkeypatch.setattr(Flat, "calls", 0)
     out = tmp_path / "out"
     words = ["--out", str(out), "--looks", "generated:1", "--expressions", "generated:2"]
     words += ["generated:3", "--recipes", "plain=", "mean=latent.start=mean seed=3"]
