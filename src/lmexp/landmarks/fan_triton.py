@@ -790,7 +790,7 @@ def _back_hourglass(
 ) -> tuple[_Due, _Due]:  # pragma: no cover
     """From the gradients of the blocks across and up to those of what across and down read."""
     ceiling, inner = hourglass.across.ceiling, hourglass.inner
-    held = tape[-1]
+    held = tape[-1]  # read within, see `SideStream`
     with SideStream(fine.whole.device, depth) as beside:
         across = _back_block(hourglass.across, fine, tape)
     due = _back_block(hourglass.up, coarse, tape)
@@ -840,7 +840,7 @@ def _back_top(
 
 
 def _run(network: Any, arranged: Tensor, tape: Tape) -> Tensor:  # pragma: no cover
-    """`FrozenFan.draw`."""
+    """`FrozenFan.draw_plainly`."""
     ceiling, (first, second, third) = network.ceiling, network.blocks
     read = _run_rectified(network.stem, arranged, _reader(first))
     tape.append((read.whole,))
@@ -922,7 +922,7 @@ class _Drawn(torch.autograd.Function):  # pragma: no cover
 
 
 def draw(network: Any, arranged: Tensor) -> Tensor:
-    """See `frozen_fan.FrozenFan.draw`; the network is one."""
+    """See `frozen_fan.FrozenFan.draw_plainly`; the network is one."""
     arranged = _packed(arranged.to(network.heatmaps.weight.dtype))
     if not (arranged.requires_grad and torch.is_grad_enabled()):
         return _run(network, arranged, deque(maxlen=0))
